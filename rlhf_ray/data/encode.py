@@ -56,6 +56,15 @@ class EncodedPair(NamedTuple):
     """The same of the worse answer."""
 
 
+class EncodedAnswer(NamedTuple):
+    """Token ids of a prompt and of one answer to it; ``cut`` and ``losses`` as of :class:`EncodedPair`."""
+
+    prompt: Ids
+    answer: Ids
+    cut: int
+    losses: tuple[str, ...] | None
+
+
 ROWS_AT_ONCE = 256
 """Enough for the tokenizer to be fast; few enough to need little memory besides the ids, and to show progress."""
 TOO_LONG, EQUAL, EMPTY = "too long", "with two equal sides", "without a token"
@@ -223,22 +232,22 @@ def encode_pair_part(
 
 def encode_judged_answers(
     chat: ChatFormat, rows: Sequence[JudgedAnswer], max_tokens: int, drops: Drops, *, cut_prompt: bool = False
-) -> list[tuple[Ids, Ids] | None]:
-    """The ids of each prompt and of the answer to it; none for one that is dropped, which ``drops`` counts."""
+) -> list[EncodedAnswer | None]:
+    """Each prompt with the answer to it; none for one that is dropped, which ``drops`` counts."""
 
     def encode(part: Sequence[JudgedAnswer]) -> list[EncodedPair | str]:
         start = chat.tokenizer.bos_token_id
         whole = _encode_sides(chat, [row.as_pair() for row in part])
         return [_fit(pair, max_tokens, start, cut_prompt=cut_prompt) for pair in whole]
 
-    results: list[tuple[Ids, Ids] | None] = []
+    results: list[EncodedAnswer | None] = []
     for outcome in chain.from_iterable(encode_in_parts(rows, "answers", encode)):
         if isinstance(outcome, str):
             drops[outcome] += 1
             results.append(None)
         else:
-            begin = len(outcome.chosen) - outcome.chosen_answer
-            results.append((outcome.chosen[:begin], outcome.chosen[begin:]))
+            side, begin = outcome.chosen, len(outcome.chosen) - outcome.chosen_answer
+            results.append(EncodedAnswer(side[:begin], side[begin:], outcome.cut, outcome.losses))
     return results
 
 

@@ -39,7 +39,7 @@ from rlhf_ray.rows.same_prompt import hash_prompt
 from rlhf_ray.world.generate import World
 
 WORLD_EVALUATION_DEMONSTRATIONS = 500
-TIE = "that are ties, which only a reward model with loss.name=ordinal reads"
+TIE = "that are ties, which have no better side (a reward model with loss.name=ordinal learns from them)"
 """A reason to drop a pair, as it is logged."""
 
 
@@ -133,10 +133,13 @@ def load_pairs(data: DataConfig, tokenizer: Any, seed: int, *, graded: bool = Tr
         rows = read_halves(data, seed, read, lambda row: row.prompt)
     examples = encode_halves(rows, data, keep)
     _check_labels(examples.train, sources_name(data))
-    cut = sum(pair.cut > 0 for pair in chain(examples.train, examples.held_out))
-    if cut:
-        get_logger("data").info("%s: %d prompts were cut at their beginning (data.too_long)", sources_name(data), cut)
+    _say_what_is_cut(sum(pair.cut > 0 for pair in chain(examples.train, examples.held_out)), sources_name(data))
     return examples
+
+
+def _say_what_is_cut(count: int, name: str) -> None:
+    if count:
+        get_logger("data").info("%s: %d prompts were cut at their beginning (data.too_long)", name, count)
 
 
 def load_judged(data: DataConfig, tokenizer: Any, seed: int) -> Split[JudgedExample]:
@@ -145,7 +148,7 @@ def load_judged(data: DataConfig, tokenizer: Any, seed: int) -> Split[JudgedExam
     Raises :class:`DataError` where all answers to train on have the same label, or the same prompt.
     """
     cut_prompt = data.too_long == "cut_prompt"
-    chat = ChatFormat(tokenizer, data.template_variables)
+    chat, name, cut = ChatFormat(tokenizer, data.template_variables), sources_name(data), 0
 
     def read(name: str, source: SourceConfig, max_rows: int | None) -> list[JudgedAnswer]:
         bad_rows: list[str] = []
@@ -156,54 +159,52 @@ def load_judged(data: DataConfig, tokenizer: Any, seed: int) -> Split[JudgedExam
         return rows
 
     def encode(half: Sequence[JudgedAnswer], drops: Drops) -> list[JudgedExample]:
+        nonlocal cut
         encoded = encode_judged_answers(chat, half, data.max_tokens, drops, cut_prompt=cut_prompt)
-        return [JudgedExample(*ids, row.desirable) for row, ids in zip(half, encoded, strict=True) if ids is not None]
+        kept = [(row, one) for row, one in zip(half, encoded, strict=True) if one is not None]
+        report_losses(chat, name, [(row.where, one.losses) for row, one in kept if one.losses is not None])
+        cut += sum(one.cut > 0 for _, one in kept)
+        return [JudgedExample(one.prompt, one.answer, row.desirable) for row, one in kept]
 
     if data.world is not None:
         rows = _world_judged(data.world)
     else:
         rows = read_halves(data, seed, read, lambda row: hash_prompt(row.prompt, row.tools, nearly=True))
     examples = encode_halves(rows, data, encode)
-    _check_kinds(examples.train, sources_name(data))
+    _say_what_is_cut(cut, name)
+    _check_kinds(examples.train, name)
     return replace(
         examples,
-        train=with_other_answers(examples.train, data.max_tokens, seed, sources_name(data)),
-        held_out=with_other_answers(
-            examples.held_out,
-            data.max_tokens,
-            seed,
-            f"{sources_name(data)}, held out",
-            "raise data.evaluation_fraction, set it to 0, or give evaluation rows with other prompts",
-        ),
+        train=with_other_answers(examples.train, data.max_tokens, seed, name),
+        held_out=with_other_answers(examples.held_out, data.max_tokens, seed, f"{name}, held out", examples.train),
     )
 
 
 def with_other_answers(
-    examples: Sequence[JudgedExample],
-    max_tokens: int,
-    seed: int,
-    name: str,
-    way_out: str = "add rows with other prompts, or train on pairs (loss.name=sigmoid)",
+    examples: Sequence[JudgedExample], max_tokens: int, seed: int, name: str, more: Sequence[JudgedExample] = ()
 ) -> list[JudgedExample]:
     """Give each example the answer of another one, which has another prompt; its end is cut off where it does not fit.
 
-    Every answer is given once, but for those whose next one has the same prompt. Raises :class:`DataError` where all prompts
-    are the same.
+    Every answer is given once, but for those whose next one has the same prompt. An example whose prompt all have is given one
+    of ``more``. Raises :class:`DataError` where all those have its prompt too.
     """
-    order = list(range(len(examples)))
+    order, spare = list(range(len(examples))), list(range(len(examples), len(examples) + len(more)))
     random.Random(f"{seed}/other answers").shuffle(order)
-    prompts = [tuple(example.prompt) for example in examples]
+    random.Random(f"{seed}/spare answers").shuffle(spare)
+    pool = [*examples, *more]
+    prompts = [tuple(example.prompt) for example in pool]
     given = list(examples)
     for place, number in enumerate(order):
         later = (order[(place + step) % len(order)] for step in range(1, len(order)))
-        other = next((one for one in later if prompts[one] != prompts[number]), None)
+        further = (spare[(place + step) % len(spare)] for step in range(len(spare)))
+        other = next((one for one in chain(later, further) if prompts[one] != prompts[number]), None)
         if other is None:
             raise DataError(
-                f"{name}: all {len(examples)} answers have the same prompt, and KTO compares with answers to other prompts: "
-                f"{way_out}"
+                f"{name}: all {len(pool)} answers have the same prompt, and KTO compares with answers to other prompts: "
+                "add rows with other prompts, or train on pairs (loss.name=sigmoid)"
             )
         room = max_tokens - len(prompts[number])
-        given[number] = replace(examples[number], other_answer=examples[other].answer[:room])
+        given[number] = replace(examples[number], other_answer=pool[other].answer[:room])
     return given
 
 
@@ -242,7 +243,7 @@ def load_prompts(
     rows = _world_prompts(data.world) if data.world is not None else read_halves(data, seed, read, _prompt_key)
     _say_how_texts_are_read(rows, tokenizer, sources_name(data))
     _say_what_is_lost(rows, chat, sources_name(data))
-    return encode_halves(_numbered_through(rows), data, encode)
+    return encode_halves(_numbered_through(rows), data, encode, limit="data.max_prompt_tokens")
 
 
 def _say_what_is_lost(rows: Halves[Prompt], chat: ChatFormat, name: str) -> None:

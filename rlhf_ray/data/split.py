@@ -62,14 +62,17 @@ def read_halves(
 
 
 def encode_halves(
-    rows: Halves[Row], data: DataConfig, encode: Callable[[Sequence[Row], Drops], list[Example]]
+    rows: Halves[Row],
+    data: DataConfig,
+    encode: Callable[[Sequence[Row], Drops], list[Example]],
+    limit: str = "data.max_tokens",
 ) -> Split[Example]:
-    """Encode all rows; ``encode`` leaves out those that are dropped and counts them."""
+    """Encode all rows; ``encode`` leaves out those that are dropped and counts them. ``limit`` is the key that bounds a row."""
     sources = [(str(source.rows), source.weight) for source in data.files.values()] or [("the generated world", 1.0)]
     dropped, files = Drops(), []
     for (name, _), file in zip(sources, rows.files, strict=True):
-        files.append(_encode_half(name, "training", file, encode, dropped))
-    held_out = _encode_half(_held_out_name(data), "held-out", rows.held_out, encode, dropped)
+        files.append(_encode_half(name, "training", file, encode, dropped, limit))
+    held_out = _encode_half(_held_out_name(data), "held-out", rows.held_out, encode, dropped, limit)
     parts = [Part.weighted(len(file), weight) for (_, weight), file in zip(sources, files, strict=True)]
     return Split(list(chain(*files)), held_out, parts, dropped)
 
@@ -122,20 +125,24 @@ def _held_out_rows(rows: list[Row], shared: Sequence[bool], data: DataConfig) ->
 
 
 def _encode_half(
-    name: str, half: str, rows: Sequence[Row], encode: Callable[[Sequence[Row], Drops], list[Example]], dropped: Drops
+    name: str,
+    half: str,
+    rows: Sequence[Row],
+    encode: Callable[[Sequence[Row], Drops], list[Example]],
+    dropped: Drops,
+    limit: str,
 ) -> list[Example]:
     drops = Drops()
     examples = encode(rows, drops)
     reasons = ", ".join(f"{count} {reason}" for reason, count in drops.items())
+    way_out = f"raise {limit}, or give other rows" if drops[TOO_LONG] else "give other rows"
     if not examples and (rows or half == "training"):
         purpose = "train" if half == "training" else "evaluate"
-        raise DataError(f"{name}: no row is left to {purpose} on ({reasons or 'there were none'}); raise data.max_tokens or "
-                        "data.max_prompt_tokens, or give other rows")  # fmt: skip
+        raise DataError(f"{name}: no row is left to {purpose} on ({reasons or 'there were none'}); {way_out}")
     if drops:
         text = f"{name}: of {len(rows)} {half} rows dropped: {reasons}"
         if len(examples) < len(rows) / 2:
-            raised = "raise data.max_tokens (of prompts data.max_prompt_tokens), or " if drops[TOO_LONG] else ""
-            get_logger("data").warning("%s: only %d are left; %sgive other rows", text, len(examples), raised)
+            get_logger("data").warning("%s: only %d are left; %s", text, len(examples), way_out)
         else:
             get_logger("data").info("%s", text)
     dropped.update(drops)

@@ -17,7 +17,7 @@ from rlhf_ray.rows.row import KeySets, LayoutError, Row, is_filled
 
 LABEL = "label"
 ANSWERS = ("completion", "response")
-"""What published data call the answer; it is read where the row has no column of the configured name."""
+"""What published data call the answer; it is read where the row has nothing under the configured name."""
 MEANINGS: Mapping[str, bool] = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 """What tables write for a truth value, in small letters."""
 
@@ -84,7 +84,10 @@ class JudgedReader(PlainReader):
 
     def read(self, row: Row) -> JudgedAnswer:
         """The judged answer of one row."""
-        key = next(key for key in (self.answer_key, *ANSWERS) if key in row.values)
+        names = [key for key in (self.answer_key, *ANSWERS) if key in row.values]
+        key = next(
+            (key for key in names if is_filled(row.values, key)), names[0]
+        )  # tables have columns that a row leaves empty
         if not is_filled(row.values, self.prompt_key):
             raise LayoutError(f"nothing under {self.prompt_key!r}, which must hold the prompt of the answer")
         keys = Keys(self.prompt_key, key, key)

@@ -37,6 +37,11 @@ class Keys(NamedTuple):
     chosen: str = "chosen"
     rejected: str = "rejected"
 
+    @property
+    def are_single(self) -> bool:
+        """Whether both sides are the same column, which holds the one answer of a row."""
+        return self.chosen == self.rejected
+
 
 class PairParts(NamedTuple):
     """A preference as its row is written: all texts, or all messages; ``prompt`` is empty where the sides hold it."""
@@ -229,9 +234,12 @@ def _refuse_another_prompt(keys: Keys, prompt: Sequence[Message], side: Sequence
     """Refuse sides that begin a conversation of their own after a prompt that the assistant should answer."""
     opens = side[0]["role"] in ("system", "developer", "user") and side[-1]["role"] == "assistant"
     if prompt[-1]["role"] == "user" and opens:
+        ignored = (
+            f"set data.ignore_columns=[{keys.prompt}] to read the two sides as whole conversations, or mend the prompt"
+        )
         raise LayoutError(
             f"{keys.prompt!r} is no message of the user in {keys.chosen!r}, which begins a conversation of its own",
-            f"set data.ignore_columns=[{keys.prompt}] to read the two sides as whole conversations, or mend the prompt",
+            "mend the prompt" if keys.are_single else ignored,
         )
 
 
@@ -239,7 +247,8 @@ def _refuse_lists_of_turns(keys: Keys, cells: Sequence[str]) -> None:
     """Refuse a row whose prompt and sides are all lists of texts written as JSON, one text a turn."""
     if all(cell.lstrip().startswith("[") for cell in cells) and all(map(_is_list_of_texts, cells)):
         raise LayoutError(
-            f"{', '.join(map(repr, keys))} hold lists of turns written as JSON", "write them as lists of messages"
+            f"{', '.join(map(repr, dict.fromkeys(keys)))} hold lists of turns written as JSON",
+            "write them as lists of messages",
         )
 
 
@@ -255,15 +264,18 @@ def _texts_hold_prompt(keys: Keys, prompt: str, sides: Sequence[str], prompt_in_
     """Whether texts repeat the prompt that stands beside them; certain only of a dialogue, or where the config says so."""
     repeated = all(side.startswith(prompt) for side in sides)
     if prompt_in_sides and not repeated:
-        raise LayoutError(f"the sides do not begin with {keys.prompt!r}, as data.prompt_in_sides=true says")
+        sides = f"{keys.chosen!r} does" if keys.are_single else "the sides do"
+        raise LayoutError(f"{sides} not begin with {keys.prompt!r}, as data.prompt_in_sides=true says")
     if not repeated or prompt_in_sides is not None:
         return bool(prompt_in_sides)
     if dialogue_messages(prompt):
         return True
     if len(prompt.split()) > 1:
+        sides = ("both sides begin", "the sides hold", "answers do")
+        begin, hold, repeat = (f"{keys.chosen!r} begins", "it holds", "answer does") if keys.are_single else sides
         raise LayoutError(
-            f"both sides begin with all of {keys.prompt!r}, which would stand there twice",
-            "set data.prompt_in_sides=true if the sides hold the prompt, or false if the answers do repeat it",
+            f"{begin} with all of {keys.prompt!r}, which would stand there twice",
+            f"set data.prompt_in_sides=true if {hold} the prompt, or false if the {repeat} repeat it",
         )
     return False
 

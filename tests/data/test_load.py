@@ -96,13 +96,26 @@ def test_a_prompt_that_is_cut_is_reported(files: Files, log: pytest.LogCaptureFi
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        (pair(1, chosen=" a" * 99), r"pairs\.jsonl: no row is left to train on \(2 too long\); raise data\.max_tokens"),
-        (pair(1, chosen=" a", rejected=" a"), r"no row is left to train on \(2 with two equal sides\)"),
+        (
+            pair(1, chosen=" a" * 99),
+            r"pairs\.jsonl: no row is left to train on \(2 too long\); raise data\.max_tokens, or give other rows$",
+        ),
+        (
+            pair(1, chosen=" a", rejected=" a"),
+            r"no row is left to train on \(2 with two equal sides\); give other rows$",
+        ),
     ],
 )
 def test_all_pairs_dropped_is_an_error(files: Files, row: dict[str, Any], problem: str) -> None:
     with pytest.raises(DataError, match=problem):
         files.read(path=files.write(row, row), max_tokens=50)
+
+
+def test_prompts_that_are_all_too_long_name_the_key_that_bounds_prompts(files: Files) -> None:
+    data = DataConfig.model_validate({"path": files.write({"prompt": "what is it? " * 40}), "max_prompt_tokens": 9,
+                                      "evaluation_fraction": 0.0})  # fmt: skip
+    with pytest.raises(DataError, match=r"\(1 too long\); raise data\.max_prompt_tokens, or give other rows$"):
+        load_prompts(data, files.tokenizer, 0)
 
 
 def test_a_grade_that_never_differs_is_an_error(files: Files) -> None:
@@ -328,7 +341,8 @@ def test_ties_are_dropped_and_counted_unless_the_loss_reads_grades(files: Files,
     assert [pair.grade for pair in split.train] == [None, None]
     assert (
         split.dropped == {TIE: 1}
-        and "1 that are ties, which only a reward model with loss.name=ordinal reads" in log.text
+        and "1 that are ties, which have no better side (a reward model with loss.name=ordinal learns from them)"
+        in log.text
     )
     same = load_pairs(data.model_copy(update={"path": files.write(pair(1, grade=2), pair(2, grade=2))}), files.tokenizer, 0,
                       graded=False)  # fmt: skip

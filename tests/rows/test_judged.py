@@ -84,6 +84,32 @@ def test_what_is_wrong_with_a_row_is_one_sentence(tmp_path: Path, row: dict[str,
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("empty", [None, ""])
+def test_an_empty_column_hides_no_filled_one(tmp_path: Path, empty: str | None) -> None:
+    row = {"prompt": "x", "answer": empty, "completion": empty, "response": "y", "label": True}
+    assert [one.answer for one in read(tmp_path, row)] == ["y"]
+    assert [one.answer for one in read(tmp_path, row | {"completion": "z"})] == ["z"], "the first filled one"
+    with pytest.raises(DataError, match="'answer' must hold"):
+        read(tmp_path, row | {"response": None, "answer": None})
+
+
+def test_what_is_said_of_the_one_answer_of_a_row_speaks_of_no_sides(tmp_path: Path) -> None:
+    own = [{"role": "user", "content": "And now?"}, {"role": "assistant", "content": "No."}]
+    turns = json.dumps(["one", "two"])
+    cases: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
+        ({"prompt": "Is it late?", "answer": "Is it late? No."}, "'answer' begins with all of 'prompt', which would stand "
+         "there twice: set data.prompt_in_sides=true if it holds the prompt, or false if the answer does repeat it", {}),
+        ({"prompt": "Is it late?", "answer": "No."}, "'answer' does not begin with 'prompt', as data.prompt_in_sides=true says",
+         {"prompt_in_sides": True}),
+        ({"prompt": [USER], "answer": own}, "which begins a conversation of its own: mend the prompt", {}),
+        ({"prompt": turns, "answer": turns}, "'prompt', 'answer' hold lists of turns written as JSON", {}),
+    ]  # fmt: skip
+    for row, message, settings in cases:
+        with pytest.raises(DataError, match=message) as caught:
+            read(tmp_path, row | {"label": True}, **settings)
+        assert "side" not in str(caught.value).replace("data.prompt_in_sides", "")
+
+
 def test_a_pair_is_two_judged_answers() -> None:
     pair = PreferencePair("x", "good", "bad", source="s", where="f:1")
     assert [(row.prompt, row.answer, row.desirable, row.source) for row in both_sides(pair)] == [

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from itertools import count
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -65,6 +67,25 @@ def test_the_reference_is_asked_once_and_kept_for_other_losses_and_adapters(
     assert len(calls) == 4, "another model"
     train(config_of("dpo", tmp_path, cache, "run.name=rows", "data.world.pairs=7"))
     assert len(calls) == 5, "other pairs to train on, the same held out"
+
+
+def test_the_reference_holds_one_batch_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: WeakSet[Any] = WeakSet()
+    most = []
+    make = preferences.make_policy_pair_batch
+
+    def making(rows: Any) -> Any:
+        gc.collect()
+        most.append(len(alive))
+        batch = make(rows)
+        alive.add(batch)
+        return batch
+
+    monkeypatch.setattr(preferences, "make_policy_pair_batch", making)
+    monkeypatch.setattr(reference, "EXAMPLES_PER_CALL", 2)
+    train(config_of("dpo", tmp_path, "data.cache=null"))
+    first = most[:12]  # of 8 pairs and 4 held-out ones, each two at a time: once for the key and once for the policy
+    assert len(most) > len(first) and max(first) <= 1, most
 
 
 @pytest.mark.parametrize("settings", [[], KTO], ids=["dpo", "kto"])

@@ -107,7 +107,7 @@ def test_a_run_whose_answers_are_all_cut_says_why_and_how_few_rows_are_left(job:
     (line,) = [line for line in log.splitlines() if "were cut at" in line]
     assert f"32 of 32 answers were cut at rollout.max_new_tokens {LIMIT}: no end ('</s>' (2)) came in " in line
     assert line.endswith("of them: if that ends an answer, name it in rollout.stop_tokens") and "'<end>' in " in line
-    assert "of 40 training rows dropped: 29 too long: only 11 are left; raise data.max_tokens (of prompts " in log
+    assert "of 40 training rows dropped: 29 too long: only 11 are left; raise data.max_prompt_tokens, or give" in log
 
 
 def test_check_says_what_ends_an_answer_and_how_few_rows_are_left(job: Any, project_log: StringIO) -> None:
@@ -115,7 +115,7 @@ def test_check_says_what_ends_an_answer_and_how_few_rows_are_left(job: Any, proj
     assert main(["check", str(directory / "job.yaml")]) == 0
     log = project_log.getvalue()
     assert f"or '<end>' ({end}, config.json)" in log
-    assert "of 40 training rows dropped: 29 too long: only 11 are left; raise data.max_tokens (of prompts " in log
+    assert "of 40 training rows dropped: 29 too long: only 11 are left; raise data.max_prompt_tokens, or give" in log
     assert main(["check", str(directory / "job.yaml"), "data.max_prompt_tokens=1", "rollout.stop_tokens=[w7]"]) == 0
     log = project_log.getvalue()
     assert "'w7' (7, rollout.stop_tokens)" in log

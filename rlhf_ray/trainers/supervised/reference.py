@@ -3,13 +3,13 @@
 They are computed once, by the policy itself before its first update, and kept for the next run beside the encoded rows.
 
 Invariants: what is read from the cache was computed from the same weights over the same tokens, in the same precision. Packs do
-not depend on the number of ranks, so no number does.
+not depend on the number of ranks, so no number does. Memory does not hold the batches of all examples.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -58,16 +58,18 @@ class Reference:
 
         Raises :class:`RequestError` where one is not finite.
         """
-        parts = [
-            make_batch(examples[start : start + EXAMPLES_PER_CALL])
-            for start in range(0, len(examples), EXAMPLES_PER_CALL)
-        ]
-        if not parts:
+        if not examples:
             return []
+        starts = range(0, len(examples), EXAMPLES_PER_CALL)
+
+        def parts() -> Iterator[TrajectoryBatch]:
+            """One batch after the other; each is made again for the second use, so that memory does not hold them all."""
+            return (make_batch(examples[start : start + EXAMPLES_PER_CALL]) for start in starts)
 
         def compute() -> pa.Table:
             get_logger("data").info("%d log-probs of the reference are computed once", 2 * len(examples))
-            shown = progress(parts, f"reference log-probs, {EXAMPLES_PER_CALL} examples a call")
+            what = f"reference log-probs, {EXAMPLES_PER_CALL} examples a call"
+            shown = progress(parts(), what, total=len(starts))
             sums = torch.cat([measure(self._policy, part, self._max_tokens, unit=2) for part in shown])
             wrong = int((~sums.isfinite()).sum())
             if wrong:
@@ -77,11 +79,11 @@ class Reference:
                 )
             return pa.table({"log_prob": pa.array(sums.double().numpy())})
 
-        table = load_or_make(self._cache, f"reference-{self._key(parts)}", compute)
+        table = load_or_make(self._cache, f"reference-{self._key(parts())}", compute)
         pairs = table["log_prob"].to_numpy().reshape(-1, 2).tolist()
         return [(first, second) for first, second in pairs]
 
-    def _key(self, parts: Sequence[TrajectoryBatch]) -> str:
+    def _key(self, parts: Iterable[TrajectoryBatch]) -> str:
         digest = hashlib.sha256()
         for part in parts:
             arrays = part.to_arrays()
