@@ -79,7 +79,7 @@ class Actor(nn.Module):
             adapter = checkpoint.adapter
             refuse_encoder(checkpoint)
             refuse_second_adapter(pretrain_or_model, adapter, lora_rank)
-            refuse_what_does_not_run(checkpoint, scores=False)
+            refuse_what_does_not_run(checkpoint, scores=False, writes=True)
             model = load_weights(
                 AutoModelForCausalLM,
                 checkpoint,

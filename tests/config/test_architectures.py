@@ -272,3 +272,25 @@ def test_every_type_has_one_reason() -> None:
     assert len(everything) == len(set(everything)) and set(everything) >= SERVED_BY_VLLM
     for kind in everything:
         assert f"a {kind} model does not run packed: " in str(reason_not_run({"model_type": kind}))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "refused"),
+    [
+        ("LlamaForCausalLM", False),
+        ("LlamaForSequenceClassification", True),
+        ("Qwen2ForRewardModel", True),
+        ("InternLM2ForRewardModel", True),
+        ("LlamaForTokenClassification", True),
+    ],
+)
+@pytest.mark.parametrize(("kind", "key"), [("sft", "policy.model"), ("ppo", "policy.model"), ("generate", "model")])
+def test_a_model_that_scores_is_refused_where_a_text_is_to_be_written(
+    here: Path, texts: dict[str, str], architecture: str, refused: bool, kind: str, key: str
+) -> None:
+    """Its output layer is missing, and transformers would draw one at random."""
+    make(here, model_type="llama", architectures=[architecture])
+    found = check_files(parse_config(texts[kind], [f"{key}={{path: model}}"]))
+    named = f"{key}.path: model: it holds {architecture}, which scores texts and writes none: name a language model"
+    assert any(one.startswith(named) for one in found) is refused
+    assert refused or not any("scores texts" in one for one in found)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,6 +131,21 @@ def test_tied_embeddings_stay_tied(causal: Make) -> None:
 def test_what_is_not_served_is_refused(causal: Make, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ModelLoadError, match=message):
         Actor(causal(), param_dtype="fp32", **arguments)
+
+
+def test_a_reward_model_is_refused_before_its_weights_are_read(causal: Make, tmp_path: Path) -> None:
+    """Also one whose output layer is that of the tokens, which would load."""
+    model = causal(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    assert Actor(str(tmp_path), param_dtype="fp32")
+    described = json.loads((tmp_path / "config.json").read_text()) | {
+        "architectures": ["LlamaForSequenceClassification"]
+    }
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(
+        ModelLoadError, match="it holds LlamaForSequenceClassification, which scores texts and writes none"
+    ):
+        Actor(str(tmp_path), param_dtype="fp32")
 
 
 def test_what_is_no_model_is_refused() -> None:

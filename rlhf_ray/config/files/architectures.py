@@ -75,6 +75,8 @@ NOT_IN_VLLM = frozenset(
 """Architectures of reward models that vLLM's pooling runner does not read, or scores wrong."""
 HEAD = "ForSequenceClassification"
 """The end of an architecture's name that vLLM takes for a reward model."""
+SCORING = (HEAD, "ForTokenClassification", "RewardModel")
+"""Ends of the names of architectures that score texts."""
 LOGIT_SCALES = ("logit_scale", "logits_scaling")
 """Keys of the number by which a language model multiplies or divides its logits behind the output layer."""
 COHERES_SCALE = 0.0625
@@ -143,7 +145,7 @@ def architecture_problems(key: str, role: Role, max_tokens: int) -> Iterator[Pro
         problem = vllm_refusal(config, max_tokens)
     else:
         problem = quantized(config) or refusal(config, scores=isinstance(runner, ScoringRole))
-        problem = problem or (scaled_logits(config) if role.head is False else None)
+        problem = problem or (only_scores(config) or scaled_logits(config) if role.head is False else None)
     kind = text_part(config).get("model_type")
     if model.lora is not None and model.lora.targets == "all-linear" and kind in READS_WEIGHTS:
         yield (
@@ -155,6 +157,17 @@ def architecture_problems(key: str, role: Role, max_tokens: int) -> Iterator[Pro
         yield f"{key}.model.gradient_checkpointing", f"transformers has none for {kind} models: set it to false"
     if problem is not None:
         yield f"{key}.scorer" if in_vllm else f"{key}.model.path", f"{model.path}: {problem}"
+
+
+def only_scores(config: Mapping[str, Any]) -> str | None:
+    """The sentence that refuses a reward model where a text is to be written.
+
+    Its output layer is missing: transformers would make one anew, at random, and say so in a log alone.
+    """
+    architecture = str((config.get("architectures") or [""])[0])
+    if not architecture.endswith(SCORING):
+        return None
+    return f"it holds {architecture}, which scores texts and writes none: name a language model, such as a policy after sft"
 
 
 def scaled_logits(config: Mapping[str, Any]) -> str | None:

@@ -16,7 +16,8 @@ from rlhf_ray.config.checks.data import has_no_pairs_to_cut
 from rlhf_ray.config.checks.one_process import no_engine_is_vllm, no_role_scores_in_vllm
 from rlhf_ray.config.checks.rollout import engine_has_its_devices, longest_sequence_fits, rollout_repeats_exactly
 from rlhf_ray.config.facts import Amount, Placement, Role, Size
-from rlhf_ray.config.files.models import engine_problems, is_adapter
+from rlhf_ray.config.files.architectures import only_scores
+from rlhf_ray.config.files.models import engine_problems, is_adapter, model_config_file
 from rlhf_ray.config.files.rows import data_paths, data_problems, template_problems
 from rlhf_ray.config.files.sampled import sampling_problems
 from rlhf_ray.config.files.tokenizers import stop_token_problems
@@ -117,6 +118,7 @@ class GenerateConfig(Job):
     def files(self) -> list[Rule]:
         own = [
             self._is_no_adapter,
+            self._is_no_reward_model,
             lambda: engine_problems(self.rollout, self.policy),
             lambda: sampling_problems(self.rollout, self.policy),
             lambda: stop_token_problems(self.rollout.stop_tokens, self.policy),
@@ -197,6 +199,11 @@ class GenerateConfig(Job):
         for key, source in self._sources():
             if source.function == FROM_ENVIRONMENT:
                 yield f"{key}.function", f"{FROM_ENVIRONMENT} plays with a policy that learns: name another"
+
+    def _is_no_reward_model(self) -> Iterator[Problem]:
+        problem = only_scores(model_config_file(self.policy))
+        if problem is not None:
+            yield "model.path", f"{self.model.path}: {problem}"
 
     def _is_no_adapter(self) -> Iterator[Problem]:
         path = expand_home(self.model.path)

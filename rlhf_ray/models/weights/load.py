@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from rlhf_ray.config.files.architectures import refusal
+from rlhf_ray.config.files.architectures import only_scores, refusal
 from rlhf_ray.console import get_logger, stderr
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.forward.attention_backends import REGISTERED, choose_backend
@@ -168,9 +168,13 @@ def _check_info(checkpoint: Checkpoint, model: str, info: dict[str, Any], heads:
         )
 
 
-def refuse_what_does_not_run(checkpoint: Checkpoint, *, scores: bool) -> None:
-    """Refuse an architecture that cannot be packed, before its weights are read; ``scores`` says that it only scores."""
-    reason = refusal(checkpoint.raw_config(), scores=scores)
+def refuse_what_does_not_run(checkpoint: Checkpoint, *, scores: bool, writes: bool = False) -> None:
+    """Refuse an architecture that cannot be packed, before its weights are read; ``scores`` says that it only scores.
+
+    With ``writes`` refuse a reward model too: it has no output layer that was trained.
+    """
+    config = checkpoint.raw_config()
+    reason = refusal(config, scores=scores) or (only_scores(config) if writes else None)
     if reason is not None:
         raise ModelLoadError(f"{checkpoint.directory}: {reason}")
 
