@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.data.load import TokenizedPrompt
-from rlhf_ray.errors import IntegrityError
+from rlhf_ray.errors import RequestError
 from rlhf_ray.rewards.request import ScoreResult
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.rollout.requests import Generation
@@ -90,7 +90,7 @@ def first_line(made_of: Mapping[str, Any]) -> str:
 def read_answers(path: Path) -> tuple[Mapping[str, Any], list[AnsweredPrompt]]:
     """What made the answers at ``path``, and all whole lines of prompts; nothing of a file that is empty or not there.
 
-    Raises :class:`IntegrityError` for a file with other lines.
+    Raises :class:`RequestError` for a file with other lines.
     """
     lines = JsonLines(path).read()
     if not lines:
@@ -99,7 +99,7 @@ def read_answers(path: Path) -> tuple[Mapping[str, Any], list[AnsweredPrompt]]:
         (made_of,) = (lines[0][key] for key in [MADE_OF])
         return made_of, [AnsweredPrompt.of_line(line) for line in lines[1:]]
     except (KeyError, TypeError) as error:
-        raise IntegrityError(f"{path} was not written by rlhf-ray generate: name a file of answers of it") from error
+        raise RequestError(f"{path} was not written by rlhf-ray generate: name a file of answers of it") from error
 
 
 def _filled(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -57,7 +57,9 @@ class PolicyEvaluation:
             if getattr(self.configs[0], key) != GenerateConfig.model_fields[key].default:
                 raise RequestError(f"{key} is about rows to train on, and evaluate writes none: remove it")
         for k in self.pass_at:
-            if not 1 <= k <= self.configs[0].samples:
+            if k < 1:
+                raise RequestError(f"--pass-at {k} is undefined: write whole numbers from 1 on")
+            if k > self.configs[0].samples:
                 raise RequestError(
                     f"--pass-at {k} is undefined for {self.configs[0].samples} answers to a prompt: raise --samples, "
                     "or lower it"

@@ -204,6 +204,8 @@ def test_a_reward_model_judges_one_policy_alone(
          "--pass-at two: write whole numbers with commas between them"),
         (["MODEL", "--prompts", "PROMPTS", "--output", "OUT", "--reward", "JUDGE", "--pass-at", "4", "--samples", "2"],
          "--pass-at 4 is undefined for 2 answers to a prompt: raise --samples, or lower it"),
+        (["MODEL", "--prompts", "PROMPTS", "--output", "OUT", "--reward", "JUDGE", "--pass-at", "0"],
+         "--pass-at 0 is undefined: write whole numbers from 1 on"),
         (["MODEL", "--against", "MODEL", "--prompts", "PROMPTS", "--output", "OUT", "--reward", "JUDGE"],
          "which is the model itself: name another policy"),
         (["MODEL", "--against", "AGAIN", "--prompts", "PROMPTS", "--output", "OUT", "--reward", "JUDGE"],
