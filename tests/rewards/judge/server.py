@@ -85,8 +85,11 @@ def judge_server(behave: Behave) -> Iterator[JudgeServer]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 256  # the default of 5 resets connections of a judge that asks many questions at once
+
+    http = Server(("127.0.0.1", 0), Handler)
     server = JudgeServer(f"http://127.0.0.1:{http.server_port}/v1")
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
