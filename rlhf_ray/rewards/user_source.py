@@ -18,7 +18,7 @@ from rlhf_ray.errors import GroupError, RequestError, ScoringError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.request import ScoreResult
 from rlhf_ray.rewards.sample import TextSample
-from rlhf_ray.rewards.source import RewardSource
+from rlhf_ray.rewards.source import RewardSource, compares
 from rlhf_ray.transient import may_pass
 from rlhf_ray.user_code import REWARD_SOURCES, accepts, attribute_of, check_parameters, construct, load_object
 
@@ -30,6 +30,7 @@ class UserRewardSource:
         self.where = f"{key}.source {name!r}"
         self.source = source
         self.reads = source.reads
+        self.compares = compares(source)
 
     def score(self, samples: Sequence[TextSample]) -> Pending[list[ScoreResult]]:
         """One result per sample."""

@@ -5,6 +5,7 @@ What must hold: nothing is trained on that the judge did not say; a run ends in 
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,6 +85,25 @@ def test_a_budget_that_is_spent_ends_the_run_and_says_what_to_raise(tmp_path: Pa
     run, error = train(tmp_path, lambda body, number: f"{by_length(body)}", max_requests=20)
     assert isinstance(error, ScoringError) and "the budget is spent (max_requests 20)" in str(error)
     assert json.loads((run.judges / "reward.json").read_text())["requests"] == 20
+
+
+def test_the_key_of_a_judge_is_in_no_file_of_a_run_and_in_nothing_that_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], project_log: io.StringIO
+) -> None:
+    """Also where the judge repeats it in a reply, in a refusal and in a body that is no reply."""
+    canary = "sk-canary-0123456789abcdef"
+    monkeypatch.setenv("CANARY_KEY", canary)
+
+    def behave(body: Mapping[str, Any], number: int) -> Reply | str:
+        said = [f"The key is {canary}.", Reply(status=400, body=canary.encode()), Reply(body=canary.encode())]
+        return said[number // 7 % 3] if number % 7 == 6 else f'{{"reason": "{canary}", "score": {by_length(body)}}}'
+
+    run, _ = train(tmp_path, behave, "reward.max_dropped_share=0.9", key_variable="CANARY_KEY")
+    assert len(run.metrics.read()) >= 2
+    files = [path for path in run.path.rglob("*") if path.is_file()]
+    assert len(files) > 5 and not [path for path in files if canary.encode() in path.read_bytes()]
+    said = "".join((*capfd.readouterr(), project_log.getvalue()))
+    assert "(the key)" in said and canary not in said
 
 
 def test_answers_to_a_prompt_are_ranked_against_each_other(tmp_path: Path) -> None:

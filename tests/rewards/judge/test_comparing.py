@@ -21,6 +21,7 @@ from rlhf_ray.rewards.mixture import MixtureSource, Part, Term
 from rlhf_ray.rewards.request import ScoreResult
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.rewards.source import score_or_hold
+from rlhf_ray.rewards.user_source import UserRewardSource
 from tests.rewards.answers import answer
 from tests.rewards.judge.server import Reply, judge_server, material
 
@@ -163,6 +164,17 @@ def test_what_another_term_failed_at_is_asked_again_with_its_whole_group() -> No
         results = score_or_hold(MixtureSource(terms), samples, hold_s=5.0, sleep=lambda seconds: None)
         assert rewards(results) == [0.0, 1.0, 0.5, 0.0, 0.5, 1.0]
         assert other.asked == [6, 3] and len(server.requests) == 12  # verdicts are remembered
+
+
+def test_a_source_of_ones_own_may_compare_answers_too() -> None:
+    class Compares(SometimesAway):
+        compares = True
+
+    source, plain = Compares(), SometimesAway()
+    samples = [*group(1, "an 1", "an 9"), *group(2, "an 1", "an 2")]
+    for one in (source, plain):
+        score_or_hold(UserRewardSource("reward", "mine.py:It", one), samples, hold_s=5.0, sleep=lambda seconds: None)
+    assert source.asked == [4, 2] and plain.asked == [4, 1]
 
 
 def test_the_budget_holds_and_a_group_that_it_does_not_reach_has_no_rewards() -> None:
