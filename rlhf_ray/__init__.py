@@ -19,6 +19,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "ScoreResult": ".rewards",
         "evaluate": ".api",
         "evaluate_data": ".api",
+        "evaluate_policies": ".api",
         "get_llm_for_sequence_regression": ".models",
         "generate": ".api",
         "load_tokenizer": ".models",

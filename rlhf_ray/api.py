@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from rlhf_ray.launch.evaluate_data import DataReport
     from rlhf_ray.launch.reward_report import RewardReport
     from rlhf_ray.launch.sampling.figures import GenerationReport
+    from rlhf_ray.launch.sampling.policy_figures import PolicyReport
     from rlhf_ray.launch.sampling.rescore import RescoreReport
     from rlhf_ray.rewards.request import ScoreResult
     from rlhf_ray.runs.directory import RunDirectory
@@ -256,6 +257,40 @@ def generate(
     config = generate_config(model, prompts, reward=reward, overrides=_texts(overrides), **keys)
     place = place_for_generating(config) if in_process else None
     return generate_all(config, OutputFile(Path(output), "output", overwrite=overwrite), place=place)
+
+
+def evaluate_policies(
+    model: str | Path,
+    prompts: str | Path,
+    output: str | Path,
+    overrides: Overrides | None = None,
+    *,
+    reward: str,
+    against: str | Path | None = None,
+    samples: int = 1,
+    pass_at: Sequence[int] = (),
+    overwrite: bool = False,
+    in_process: bool = False,
+) -> PolicyReport:
+    """Answer every row of ``prompts`` with ``model``, and with ``against`` too, and compare their rewards.
+
+    ``reward`` and ``overrides`` are those of :func:`generate`; ``pass_at`` holds the k of each pass@k. Returns all figures, and
+    writes them to ``output``, a .json file, with a page and all answers beside it; the same call goes on after an
+    interruption. With ``in_process`` everything runs here, without Ray.
+    """
+    from rlhf_ray.launch.in_process import place_for_generating
+    from rlhf_ray.launch.sampling.policies import PolicyEvaluation
+    from rlhf_ray.launch.sampling.policies import evaluate_policies as evaluate_all
+    from rlhf_ray.launch.sampling.request import generate_config
+    from rlhf_ray.storage import OutputFile
+
+    models = [model] if against is None else [model, against]
+    environment.prepare(environment.for_process(hub=any(environment.is_hub_id(str(one)) for one in models)))
+    texts = _texts({"run.name": "evaluate", **(overrides or {})})
+    configs = [generate_config(one, prompts, reward=reward, overrides=texts, samples=samples) for one in models]
+    places = [place_for_generating(config) if in_process else None for config in configs]
+    file = OutputFile(Path(output), "output", overwrite=overwrite, reads=(Path(prompts),))
+    return evaluate_all(PolicyEvaluation(configs, sorted({*pass_at})), file, places=places)
 
 
 def rescore(run: str | Path, reward: str, overrides: Overrides | None = None) -> RescoreReport:

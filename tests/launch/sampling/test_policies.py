@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
+import rlhf_ray
 from rlhf_ray.cli.main import main
 from rlhf_ray.config.sections.models import MakeConfig, ModelConfig
 from rlhf_ray.errors import RequestError, ScoringError
@@ -175,6 +177,28 @@ def test_two_policies_are_sampled_and_compared_and_a_second_call_samples_nothing
     assert evaluate(policy, prompts(9), output, *words, "--overwrite") == 0
     assert [path.stat().st_mtime_ns for path in kept] == before, "and the answers are not sampled again"
     assert json.loads(output.read_text()) == found
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_python_finds_what_the_command_finds(
+    policy: Path, other_policy: Path, prompts: Callable[[int], Path], judge: str, tmp_path: Path
+) -> None:
+    file, (told, found) = prompts(4), (tmp_path / "told.json", tmp_path / "found.json")
+    words = ("--against", str(other_policy), "--reward", judge, "--samples", "2", "--pass-at", "1,2")
+    assert evaluate(policy, file, told, *words) == 0
+    settings = [override.split("=", 1) for override in SETTINGS]
+    keys = {name: yaml.safe_load(value) for name, value in settings}
+    asked = {"reward": judge, "against": other_policy, "samples": 2, "in_process": True}
+    report = rlhf_ray.evaluate_policies(policy, file, found, keys, pass_at=(2, 1), **asked)
+    by_command, by_call = (json.loads(path.read_text()) for path in (told, found))
+    assert by_call["comparison"] == by_command["comparison"]
+    for name in ("model", "against"):
+        assert by_call["policies"][name]["figures"] == by_command["policies"][name]["figures"]
+    assert report.comparison["win_rate"].value == by_call["comparison"]["figures"]["win_rate"]
+    with pytest.raises(RequestError, match="is the model itself"):
+        rlhf_ray.evaluate_policies(policy, file, tmp_path / "x.json", keys, **(asked | {"against": policy}))
+    with pytest.raises(RequestError, match="is a file that this command reads"):
+        rlhf_ray.evaluate_policies(policy, file, file, keys, **asked)
 
 
 @pytest.mark.usefixtures("in_this_process")
