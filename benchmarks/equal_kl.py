@@ -1,0 +1,267 @@
+"""Part ``equal_kl``: how often a policy beats its start by gold, over how often best-of-n does at the policy's own KL.
+
+    python -m benchmarks.equal_kl POLICY --start SFT --reward RM --seed N [--prompts 2000] [--pool 256]
+
+Invariants: both are judged on the same held-out prompts, against the same answer of the start to each; a tie counts one half.
+Best-of-n picks by the reward that the policy trained on: the normalised score, and -1 for an answer that was cut off. Its
+win rate at each n is the exact mean over all subsets of a pool of answers of the start, read between two n by its KL,
+``log n - (n - 1) / n`` nats, an upper bound. The policy's KL is the mean of the log-ratio of policy and start (k1) over its
+answers. Models are sampled and scored here with transformers alone, which shares no code with the runs that it judges.
+Intervals of 95 % draw whole prompts again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlhf_ray.evaluation import best_of_n_kl
+from rlhf_ray.evaluation.intervals import draw_prompts
+from rlhf_ray.world.gold import gold_score
+
+CUT_OFF = -1.0
+"""The reward of an answer that was cut off: ``algorithm.shaping.missing_eos`` in the recipes of ``learning_runs``."""
+NEW_TOKENS, ROWS = 32, 1024
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class AtEqualKl:
+    """What is known of one policy."""
+
+    win_rate: float
+    kl: float
+    n: float
+    """The n whose KL is the policy's."""
+    best_of_n: float
+    """The win rate of best-of-n there."""
+    ratio: float
+    interval: tuple[float, float]
+    """Of the ratio, 95 %."""
+
+
+def subset_weights(pool: int, n: int) -> Array:
+    """The probability that each rank of ``pool`` samples, from the worst, is the best of a random subset of n; (pool,)."""
+    total = math.comb(pool, n)
+    return np.array([math.comb(rank, n - 1) / total for rank in range(pool)])
+
+
+def best_of_curve(rewards: Array, wins: Array, sizes: Sequence[int]) -> Array:
+    """The win rate of best-of-n at every prompt, for every n of ``sizes``: (sizes, prompts).
+
+    ``rewards`` and ``wins`` are (prompts, pool). Samples of equal reward share their places equally.
+    """
+    order = np.argsort(rewards, axis=1, kind="stable")
+    ranked = np.take_along_axis(rewards, order, axis=1)
+    won = np.take_along_axis(wins, order, axis=1)
+    for row, (values, mine) in enumerate(zip(ranked, won, strict=True)):
+        _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
+        won[row] = (np.bincount(group, weights=mine) / counts)[group]
+    return np.stack([won @ subset_weights(rewards.shape[1], n) for n in sizes])
+
+
+def read_at(kl: float, sizes: Sequence[int], curve: Array) -> tuple[float, float]:
+    """The n and the win rate at ``kl`` nats, between the two sizes around it; ``curve`` has a mean for each size.
+
+    Raises ``ValueError`` where the largest size costs less than ``kl``.
+    """
+    costs = [best_of_n_kl(n) for n in sizes]
+    if kl > costs[-1]:
+        raise ValueError(f"best of {sizes[-1]} costs {costs[-1]:.2f} nats, and the policy {kl:.2f}: raise the pool")
+    return float(np.interp(kl, costs, sizes)), float(np.interp(kl, costs, curve))
+
+
+def at_equal_kl(policy_wins: Array, kl: Array, rewards: Array, wins: Array, seed: int = 0) -> AtEqualKl:
+    """Compare; ``policy_wins`` and ``kl`` are (prompts,), ``rewards`` and ``wins`` of the pool (prompts, pool)."""
+    pool = rewards.shape[1]
+    sizes = sorted(
+        {1, *(round(2 ** (power / 4)) for power in range(1, 4 * pool.bit_length())), pool} & {*range(1, pool + 1)}
+    )
+    curve = best_of_curve(rewards, wins, sizes)
+    n, at = read_at(float(kl.mean()), sizes, curve.mean(axis=1))
+    ratios = []
+    for counts in draw_prompts(len(kl), resamples=1000, seed=seed):
+        for drawn in counts / len(kl):
+            _, other = read_at(min(float(drawn @ kl), best_of_n_kl(pool)), sizes, curve @ drawn)
+            ratios.append(float(drawn @ policy_wins) / other)
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    rate = float(policy_wins.mean())
+    return AtEqualKl(rate, float(kl.mean()), n, at, rate / at, (float(low), float(high)))
+
+
+# ------------------------------------------------------------------------------------------------- sampling, with transformers
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Answers to some prompts."""
+
+    ids: list[list[int]]
+    """Of each answer, its end included."""
+    log_probs: Array
+    """Of each answer by the model that gave it; (answers,)."""
+
+
+@torch.inference_mode()
+def sample(model: Any, prompts: Sequence[Sequence[int]], end: int, generator: torch.Generator) -> Sampled:
+    """One answer to each prompt, at temperature 1, of at most :data:`NEW_TOKENS` tokens; prompts are padded on the left."""
+    ids, mask = left_padded(prompts)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    answers: list[list[int]] = [[] for _ in prompts]
+    total, open_ = torch.zeros(len(prompts), dtype=torch.float64), torch.ones(len(prompts), dtype=torch.bool)
+    cache, fed, at = None, ids, positions
+    for _ in range(NEW_TOKENS):
+        out = model(
+            input_ids=fed, attention_mask=mask, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        cache, log_probs = out.past_key_values, out.logits[:, -1].float().log_softmax(-1)
+        token = torch.multinomial(log_probs.exp(), 1, generator=generator)
+        total += torch.where(open_, log_probs.gather(1, token)[:, 0], 0.0)
+        for row in open_.nonzero()[:, 0].tolist():
+            answers[row].append(int(token[row]))
+        open_ &= token[:, 0] != end
+        if not open_.any():
+            break
+        mask = torch.cat([mask, torch.ones(len(prompts), 1, dtype=mask.dtype)], 1)
+        fed, at = token, at[:, -1:] + 1
+    return Sampled(answers, total.numpy())
+
+
+@torch.inference_mode()
+def log_prob(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Array:
+    """The log-probability of each answer; (answers,)."""
+    whole = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    ids, mask = left_padded(whole)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    each = logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    lengths = torch.tensor([len(answer) for answer in answers])
+    inside = torch.arange(each.shape[1]) >= (each.shape[1] - lengths)[:, None]
+    return np.asarray((each.double() * inside).sum(1).numpy())
+
+
+@torch.inference_mode()
+def score(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Array:
+    """The raw score of each answer, read at its last token; (answers,)."""
+    ids, mask = left_padded([[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)])
+    hidden = model.model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+    return np.asarray(model.score(hidden.last_hidden_state[:, -1])[:, 0].double().numpy())
+
+
+def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, (rows, longest), with every row at the right."""
+    longest = max(map(len, rows))
+    ids, mask = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest, dtype=torch.long)
+    for place, row in enumerate(rows):
+        ids[place, longest - len(row) :] = torch.tensor(row)
+        mask[place, longest - len(row) :] = 1
+    return ids, mask
+
+
+class World:
+    """The start, the reward model and the held-out prompts of a seed, with a pool of answers of the start to each."""
+
+    def __init__(self, start: Path, reward: Path, seed: int, prompts: int, pool: int) -> None:
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+        from rlhf_ray.config.loading import load_config
+        from rlhf_ray.data.load import load_prompts
+
+        self.tokenizer = AutoTokenizer.from_pretrained(start)
+        self.start = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32).eval()
+        self.reward = AutoModelForSequenceClassification.from_pretrained(reward, dtype=torch.float32).eval()
+        record = json.loads((reward / "config.json").read_text())["rlhf_ray_reward"]
+        self.mean, self.std = float(record["mean"]), float(record["std"])
+        keys = [
+            f"data.world.seed={seed}",
+            f"run.seed={seed}",
+            f"data.world.evaluation_prompts={prompts}",
+            "data.world.prompts=1",
+        ]
+        config = load_config("demo-ppo", keys).to_train()
+        held_out = load_prompts(config.data, self.tokenizer, seed).evaluation
+        self.texts, self.prompts = [one.text for one in held_out], [[*one.token_ids] for one in held_out]
+        self.end = int(self.tokenizer.eos_token_id)
+        generator = torch.Generator().manual_seed(seed)
+        self.baseline = self.gold(self.answer(self.start, generator).ids)
+        rewards, golds = [], []
+        for _ in range(pool):
+            answers = self.answer(self.start, generator).ids
+            rewards.append(self.rewards(answers))
+            golds.append(self.gold(answers))
+        self.pool_rewards, self.pool_wins = np.stack(rewards, 1), np.stack([self.wins(gold) for gold in golds], 1)
+
+    def answer(self, model: Any, generator: torch.Generator) -> Sampled:
+        """An answer of a model to every prompt."""
+        parts = [
+            sample(model, self.prompts[first : first + ROWS], self.end, generator)
+            for first in range(0, len(self.prompts), ROWS)
+        ]
+        return Sampled([ids for part in parts for ids in part.ids], np.concatenate([part.log_probs for part in parts]))
+
+    def gold(self, answers: Sequence[Sequence[int]]) -> Array:
+        """The gold score of an answer to each prompt."""
+        return np.array(
+            [
+                gold_score(text, self.tokenizer.decode(ids, skip_special_tokens=True), ids[-1] == self.end)
+                for text, ids in zip(self.texts, answers, strict=True)
+            ]
+        )
+
+    def wins(self, gold: Array) -> Array:
+        """1 where it is better than the start's own answer, one half at a tie."""
+        return (gold > self.baseline) + 0.5 * (gold == self.baseline)
+
+    def rewards(self, answers: Sequence[Sequence[int]]) -> Array:
+        """The reward that training gives to an answer to each prompt."""
+        scores = np.concatenate(
+            [
+                score(self.reward, self.prompts[first : first + ROWS], answers[first : first + ROWS])
+                for first in range(0, len(answers), ROWS)
+            ]
+        )
+        ended = np.array([ids[-1] == self.end for ids in answers])
+        return np.where(ended, (scores - self.mean) / self.std, CUT_OFF)
+
+    def judge(self, policy: Path, seed: int = 0) -> AtEqualKl:
+        """Compare a policy with best-of-n of the start."""
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
+        answered = self.answer(model, torch.Generator().manual_seed(seed + 1))
+        reference = np.concatenate(
+            [
+                log_prob(self.start, self.prompts[first : first + ROWS], answered.ids[first : first + ROWS])
+                for first in range(0, len(self.prompts), ROWS)
+            ]
+        )
+        wins = self.wins(self.gold(answered.ids))
+        return at_equal_kl(wins, answered.log_probs - reference, self.pool_rewards, self.pool_wins)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Judge policies and print what was found, a line of JSON each."""
+    parser = argparse.ArgumentParser(prog="benchmarks.equal_kl", description="a policy against best-of-n at its own KL")
+    parser.add_argument("policies", nargs="+", type=Path, metavar="POLICY")
+    parser.add_argument("--start", type=Path, required=True, help="the policy that they began with")
+    parser.add_argument("--reward", type=Path, required=True, help="the reward model that they learned from")
+    parser.add_argument("--seed", type=int, required=True, help="of the world and the run")
+    parser.add_argument("--prompts", type=int, default=2000)
+    parser.add_argument("--pool", type=int, default=256, help="answers of the start to each prompt")
+    options = parser.parse_args(arguments)
+    world = World(options.start, options.reward, options.seed, options.prompts, options.pool)
+    for policy in options.policies:
+        print(json.dumps({"policy": str(policy), **asdict(world.judge(policy))}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
