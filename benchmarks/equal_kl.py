@@ -179,16 +179,11 @@ class World:
         self.tokenizer = AutoTokenizer.from_pretrained(start)
         self.start = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32).eval()
         self.reward = AutoModelForSequenceClassification.from_pretrained(reward, dtype=torch.float32).eval()
-        record = json.loads((reward / "config.json").read_text())["rlhf_ray_reward"]
+        record = json.loads((reward / "config.json").read_text())
         self.mean, self.std = float(record["mean"]), float(record["std"])
-        keys = [
-            f"data.world.seed={seed}",
-            f"run.seed={seed}",
-            f"data.world.evaluation_prompts={prompts}",
-            "data.world.prompts=1",
-        ]
+        keys = [f"data.world.seed={seed}", f"data.world.evaluation_prompts={prompts}"]
         config = load_config("demo-ppo", keys).to_train()
-        held_out = load_prompts(config.data, self.tokenizer, seed).evaluation
+        held_out = load_prompts(config.data, self.tokenizer, seed).held_out
         self.texts, self.prompts = [one.text for one in held_out], [[*one.token_ids] for one in held_out]
         self.end = int(self.tokenizer.eos_token_id)
         generator = torch.Generator().manual_seed(seed)
