@@ -29,6 +29,8 @@ from transformers.utils import logging as transformers_logging
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.models.dtypes import DTYPES, dtype_name
 from rlhf_ray.models.forward.routing import Routing, watch
+from rlhf_ray.models.weights.checkpoint import Checkpoint
+from rlhf_ray.models.weights.load import load_weights
 from rlhf_ray.rollout.engine import RolloutEngine
 from rlhf_ray.rollout.errors import WireError
 from rlhf_ray.rollout.execution import PROCESSED, versions
@@ -83,7 +85,8 @@ class TransformersEngine(RolloutEngine):
             with torch.device("meta"):  # an update builds the model anew; until then it says of which class
                 self._model = AutoModelForCausalLM.from_config(self._hf_config, dtype=DTYPES[config.dtype])
         else:
-            self._model = self._ready(AutoModelForCausalLM.from_pretrained(model_dir, dtype=DTYPES[config.dtype]))
+            checkpoint = Checkpoint.open(str(model_dir))
+            self._model = self._ready(load_weights(AutoModelForCausalLM, checkpoint, DTYPES[config.dtype]))
         self._stream = torch.Generator(self.device).manual_seed(self.stream_seed)
         self._max_rows = config.max_num_seqs or MAX_ROWS
         self._waiting: list[GenerationRequest] = []

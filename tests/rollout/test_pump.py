@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaForCausalLM
+from transformers import AutoModel, LlamaForCausalLM
 
 from rlhf_ray.config.sections.rollout import RolloutConfig
-from rlhf_ray.errors import DeadlineError, DeadRankError, GroupError
+from rlhf_ray.errors import DeadlineError, DeadRankError, GroupError, ModelLoadError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rollout.errors import TooSlowError
 from rlhf_ray.rollout.fleet import Answered, Engines, Fleet, Pump
@@ -225,3 +225,16 @@ def test_a_stopped_fleet_is_told_at_once(handles: Any, weights: PublishedWeights
     fleet.stop()
     with pytest.raises(GroupError, match="the engines were stopped, because the run ends"):
         pump.turn()
+
+
+def test_an_engine_refuses_weights_that_are_no_whole_language_model(
+    model_and_directory: tuple[Any, Path], tmp_path: Path
+) -> None:
+    """A model without its output layer would sample with one that is drawn at random."""
+    _, directory = model_and_directory
+    model = AutoModel.from_pretrained(directory)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        ModelLoadError, match=r"does not hold the weights of a LlamaForCausalLM \(missing: lm_head.weight"
+    ):
+        TransformersEngine(tmp_path, RolloutConfig(dtype="fp32", backend="transformers"), stop_token_ids=())
