@@ -22,6 +22,7 @@ PARTS = (
     "demo",
     "dpo",
     "encoders",
+    "generate",
     "gym",
     "gym_turns",
     "learning",

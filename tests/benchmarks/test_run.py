@@ -94,7 +94,7 @@ def test_a_part_that_does_not_exist_is_refused_by_name(capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         main(["--quick", "--only", "models,modles"])
     assert (
-        "modles is no part: choose from checkpoints, demo, dpo, encoders, gym, gym_turns, learning"
+        "modles is no part: choose from checkpoints, demo, dpo, encoders, generate, gym, gym_turns"
         in capsys.readouterr().err
     )
 
