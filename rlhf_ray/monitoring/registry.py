@@ -208,7 +208,7 @@ _METRICS = {
         (
             "judge/first_better",
             "share",
-            "Comparisons that the answer won which was shown first, ties half; far from 0.5 where its place counts",
+            "Comparisons that the answer won which was shown first, ties half; far from one half where its place counts",
         ),
         ("gold/mean", "score", "Mean gold score, 0 to 1: what the reward model was made to predict; never trained on"),
         ("gold/win_rate", "share", "Share of prompts whose answer beats the starting policy's by gold; ties half"),
