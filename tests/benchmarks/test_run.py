@@ -104,11 +104,28 @@ def test_the_table_has_a_line_for_each_figure() -> None:
     assert [line.split() for line in lines] == [["a.longer", "1.234e+04", "x", "fast"], ["b", "0.5", "s", "slowly"]]
 
 
+ON_REAL_PAIRS = [
+    pytest.mark.long,
+    pytest.mark.skipif(not REAL_PAIRS.is_file(), reason="the real pairs are not here"),
+]
+
+
 @pytest.mark.parametrize(
     ("left_out", "expected"),
     [
         (
-            {"checkpoints", "demo", "gym", "gym_turns", "learning", "ppo", "rollout_modes", "watching", "weight_ways"},
+            {
+                "checkpoints",
+                "demo",
+                "generate",
+                "gym",
+                "gym_turns",
+                "learning",
+                "ppo",
+                "rollout_modes",
+                "watching",
+                "weight_ways",
+            },
             NAMES,
         ),
         pytest.param({*PARTS} - {"checkpoints"}, {"checkpoint.stall_seconds"}, marks=pytest.mark.long),
@@ -116,14 +133,8 @@ def test_the_table_has_a_line_for_each_figure() -> None:
         pytest.param({*PARTS} - {"rollout_modes"}, MODES, marks=pytest.mark.long),
         pytest.param({*PARTS} - {"watching"}, WATCHING, marks=pytest.mark.long),
         pytest.param({*PARTS} - {"weight_ways"}, {"weights.merged_over_adapter"}, marks=pytest.mark.long),
-        pytest.param(
-            {*PARTS} - {"ppo"},
-            {"ppo.samples_per_second"},
-            marks=[
-                pytest.mark.long,
-                pytest.mark.skipif(not REAL_PAIRS.is_file(), reason="the real pairs are not here"),
-            ],
-        ),
+        pytest.param({*PARTS} - {"generate"}, {"generate.tokens_per_second"}, marks=ON_REAL_PAIRS),
+        pytest.param({*PARTS} - {"ppo"}, {"ppo.samples_per_second"}, marks=ON_REAL_PAIRS),
     ],
     ids=[
         "all but those that learn",
@@ -132,6 +143,7 @@ def test_the_table_has_a_line_for_each_figure() -> None:
         "modes of rollout",
         "watching",
         "ways of weights",
+        "generate",
         "ppo",
     ],
 )
