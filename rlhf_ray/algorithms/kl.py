@@ -87,7 +87,8 @@ def kl_loss(
 
     ``plain`` is the estimator with its own gradient, which for k3 is not that of the KL and for k1 is 0 on average. With
     ``unbiased`` the value is ``w k`` and the gradient ``w r grad log p``, where ``w = p / p_old`` is taken as a number. Its
-    expectation over the old policy's samples is the gradient of KL(p || p_ref), ``E_p[r grad log p]``. For k3 this equals
+    expectation over the old policy's samples is the gradient of KL(p || p_ref) of the token after those before it,
+    ``E_p[r grad log p]``. That the token changes which states come later, and their KL, is left out. For k3 this equals
     differentiating ``w k3``, sample by sample (DeepSeek-V3.2; TRL's ``use_bias_correction_kl``).
     """
     estimate = token_kl(log_probs, reference, action_mask, estimator)

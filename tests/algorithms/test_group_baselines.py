@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from rlhf_ray.algorithms.advantages import AgainstGroup
 from rlhf_ray.algorithms.group_baselines import group_baseline, without_signal
+from rlhf_ray.algorithms.kl import kl_loss
 
 BASELINES = ("leave_one_out", "group_mean", "group_norm")
 ROWS = st.lists(st.tuples(st.integers(0, 3), st.integers(-8, 8)), min_size=1, max_size=14)
@@ -113,3 +114,33 @@ def test_an_answers_reward_is_all_its_token_rewards_and_goes_to_all_its_actions(
 def test_an_unknown_baseline_is_refused() -> None:
     with pytest.raises(ValueError, match="baseline 'median' is unknown: use leave_one_out, group_mean or group_norm"):
         run([1.0], [0], "median")
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.1])
+@pytest.mark.parametrize(
+    ("baseline", "coefficient"),
+    [("group_mean", lambda spread: spread / math.log(3)), ("group_norm", lambda spread: 2 / math.log(3))],
+)
+def test_the_best_policy_under_a_kl_in_the_loss(baseline, coefficient, spread) -> None:
+    """One prompt, two answers of one token, an even reference, and a group of 4 which holds them as the policy (3/4, 1/4)
+    draws them. The policy is p_ref exp(R / beta) where beta = spread / log 3. The deviation is half the spread, so that with
+    ``group_norm`` it is the best where beta = 2 / log 3, whatever the spread: the KL weighs less where rewards are closer."""
+
+    def gradient(beta: float) -> float:
+        logits = torch.tensor([3.0, 1.0], dtype=torch.float64).log().requires_grad_()
+        answers, everywhere = torch.tensor([0, 0, 0, 1]), torch.ones(4, dtype=torch.bool)
+        log_probs = logits.log_softmax(-1)[answers]
+        advantages = group_baseline(
+            torch.tensor([spread, 0.0], dtype=torch.float64)[answers],
+            torch.zeros(4, dtype=torch.int64),
+            everywhere,
+            baseline,
+        )
+        reference, moved = torch.full_like(log_probs, math.log(0.5)), log_probs - log_probs.detach()
+        kl = kl_loss(log_probs, moved, reference, everywhere, estimator="k3", gradient="unbiased")
+        loss = (beta * kl - advantages * log_probs).mean()
+        return float(torch.autograd.grad(loss, logits)[0][0])
+
+    best = coefficient(spread)
+    assert gradient(best) == pytest.approx(0, abs=1e-5)
+    assert gradient(2 * best) > 1e-2 * spread and gradient(best / 2) < -1e-2 * spread

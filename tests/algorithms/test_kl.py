@@ -10,7 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_ray.algorithms.kl import AdaptiveKl, FixedKl, kl_controller, kl_k1, kl_k2, kl_k3, sequence_kl, token_kl
+from rlhf_ray.algorithms.kl import (
+    AdaptiveKl,
+    FixedKl,
+    kl_controller,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    kl_loss,
+    sequence_kl,
+    token_kl,
+)
 
 LOG_PROBS = st.floats(-12, 0)
 
@@ -122,3 +132,30 @@ def test_a_target_makes_control_adaptive() -> None:
 def test_settings_that_cannot_control_are_refused(field, wrong) -> None:
     with pytest.raises(ValueError, match=f"positive {field}"):
         AdaptiveKl(**{"coefficient": 0.1, "target": 6.0, "horizon": 100, field: wrong})
+
+
+def test_a_kl_in_the_loss_leaves_later_tokens_out_and_one_in_the_reward_counts_them() -> None:
+    """All answers of two tokens to one prompt: the loss has the gradient of each token's KL with the state before it fixed,
+    and the sum of the penalties of a token and those after it, as a negative reward, that of the KL of whole answers."""
+    size, generator = 3, torch.Generator().manual_seed(2)
+    first = torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_()
+    second = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    at = torch.cartesian_prod(torch.arange(size), torch.arange(size))
+    log_probs = torch.stack([first.log_softmax(-1)[at[:, 0]], second.log_softmax(-1)[at[:, 0], at[:, 1]]], 1)
+    reference = torch.full_like(log_probs, -math.log(size))
+    share = log_probs.sum(1).exp().detach()
+
+    def gradient(loss: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(loss, first, retain_graph=True)[0]
+
+    actions = torch.ones(log_probs.numel(), dtype=torch.bool)
+    flat, ratio = log_probs.flatten(), torch.zeros(log_probs.numel(), dtype=torch.float64)
+    loss = kl_loss(flat, ratio, reference.flatten(), actions, estimator="k3", gradient="unbiased")
+    of_first = (first.softmax(-1) * (first.log_softmax(-1) + math.log(size))).sum()
+    torch.testing.assert_close(gradient((share * loss.view(-1, 2).sum(1)).sum()), gradient(of_first))
+
+    penalties = token_kl(flat, reference.flatten(), actions, "k1").view(-1, 2).detach()
+    to_go = penalties.flip(1).cumsum(1).flip(1)
+    whole = (log_probs.sum(1).exp() * (log_probs - reference).sum(1)).sum()
+    torch.testing.assert_close(gradient((share * (to_go * log_probs).sum(1)).sum()), gradient(whole))
+    assert (gradient(whole) - gradient(of_first)).abs().max() > 0.05
