@@ -112,6 +112,9 @@ def lives(process: psutil.Process) -> bool:
         return False
 
 
+OTHERS_START_S = 60.0
+
+
 def sockets_of_vllm() -> set[Path]:
     return set(Path(tempfile.gettempdir()).glob("vllm-*"))
 
@@ -157,4 +160,7 @@ def test_an_engine_that_is_killed_leaves_nothing(site: Site, engine: Engine) -> 
         assert "/dev/shm/psm_" in Path(f"/proc/{process.pid}/maps").read_text(), "though it shares memory"
     engine.ranks.stop()
     assert end_within([engine.process, *engine.workers], 20.0)
-    assert sockets_of_vllm() == site.sockets
+    deadline = time.monotonic() + OTHERS_START_S
+    while (new := sockets_of_vllm() - site.sockets) and time.monotonic() < deadline:
+        time.sleep(0.1)  # an engine of a test beside this one has its own for as long as it starts
+    assert new == set()
