@@ -128,6 +128,7 @@ def load(
     :class:`ModelLoadError` if they are not those of the state. A group of another size than the one that saved the state needs
     ``scratch`` meanwhile, a directory that all ranks see.
     """
+    _refuse_a_pattern(directory)
     stored = _read_identity(directory)
     updates, ranks = int(stored.pop("updates")), int(stored["ranks"])
     _refuse_another_engine(directory, stored, identity)
@@ -152,6 +153,16 @@ def load(
         universal.load(engine, directory / TAG, scratch, load_rest, updates=updates)
     _continue_random_state(directory, ranks, updates, engine.device)
     return updates
+
+
+def _refuse_a_pattern(directory: Path) -> None:
+    """Raise where DeepSpeed would read another folder: 0.19.8 finds weights with ``glob``, and so "run1" for "run[1]"."""
+    marks = sorted({*str(directory)} & {*"*?["})
+    if marks:
+        raise RequestError(
+            f"{directory} cannot be resumed where it lies: in the names of folders DeepSpeed takes {' and '.join(marks)} for a "
+            "pattern, and would read what lies in another one. Rename the folder, and resume with its new name"
+        )
 
 
 def _refuse_another_engine(directory: Path, stored: dict[str, Any], identity: dict[str, int | str]) -> None:

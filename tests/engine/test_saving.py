@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch import nn
 
+from rlhf_ray.engine import shards
 from rlhf_ray.engine.saving.copies import copied_state
 from rlhf_ray.engine.saving.room import KEPT_FREE, V1, V2, Room, _control_groups, room_for, shortage
 from rlhf_ray.engine.saving.writer import Background, behind
 from rlhf_ray.engine.shards import Unwritten
-from rlhf_ray.errors import StorageError
+from rlhf_ray.errors import RequestError, StorageError
 from rlhf_ray.storage import manifest
 
 
@@ -163,3 +164,11 @@ def test_files_are_hashed_in_the_thread_that_wrote_them(tmp_path: Path, monkeypa
 
 def writes(path: Path) -> None:
     path.write_text(f"the shard {path.name}")
+
+
+@pytest.mark.parametrize("name", ["lr[1]", "best?", "*"])
+def test_a_folder_that_deepspeed_takes_for_a_pattern_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    """``findings/deepspeed_loads_a_neighbour_of_the_folder.sh``: it would read what lies in another one."""
+    with pytest.raises(RequestError, match="Rename the folder, and resume with its new name") as refused:
+        shards.load(None, tmp_path / name / "checkpoints" / "3", {}, {}, "", tmp_path)
+    assert name in str(refused.value)
