@@ -1,4 +1,4 @@
-"""Part ``equal_kl``: how often a policy beats its start by gold, over how often best-of-n does at the policy's own KL.
+"""How often a policy beats its start by gold, over how often best-of-n does at the policy's own KL.
 
     python -m benchmarks.equal_kl POLICY --start SFT --reward RM --seed N [--prompts 2000] [--pool 256]
 
@@ -185,6 +185,7 @@ class World:
         config = load_config("demo-ppo", keys).to_train()
         held_out = load_prompts(config.data, self.tokenizer, seed).held_out
         self.texts, self.prompts = [one.text for one in held_out], [[*one.token_ids] for one in held_out]
+        self.parts = [slice(first, first + ROWS) for first in range(0, len(self.prompts), ROWS)]
         self.end = int(self.tokenizer.eos_token_id)
         generator = torch.Generator().manual_seed(seed)
         self.baseline = self.gold(self.answer(self.start, generator).ids)
@@ -197,10 +198,7 @@ class World:
 
     def answer(self, model: Any, generator: torch.Generator) -> Sampled:
         """An answer of a model to every prompt."""
-        parts = [
-            sample(model, self.prompts[first : first + ROWS], self.end, generator)
-            for first in range(0, len(self.prompts), ROWS)
-        ]
+        parts = [sample(model, self.prompts[part], self.end, generator) for part in self.parts]
         return Sampled([ids for part in parts for ids in part.ids], np.concatenate([part.log_probs for part in parts]))
 
     def gold(self, answers: Sequence[Sequence[int]]) -> Array:
@@ -218,12 +216,7 @@ class World:
 
     def rewards(self, answers: Sequence[Sequence[int]]) -> Array:
         """The reward that training gives to an answer to each prompt."""
-        scores = np.concatenate(
-            [
-                score(self.reward, self.prompts[first : first + ROWS], answers[first : first + ROWS])
-                for first in range(0, len(answers), ROWS)
-            ]
-        )
+        scores = np.concatenate([score(self.reward, self.prompts[part], answers[part]) for part in self.parts])
         ended = np.array([ids[-1] == self.end for ids in answers])
         return np.where(ended, (scores - self.mean) / self.std, CUT_OFF)
 
@@ -234,10 +227,7 @@ class World:
         model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
         answered = self.answer(model, torch.Generator().manual_seed(seed + 1))
         reference = np.concatenate(
-            [
-                log_prob(self.start, self.prompts[first : first + ROWS], answered.ids[first : first + ROWS])
-                for first in range(0, len(self.prompts), ROWS)
-            ]
+            [log_prob(self.start, self.prompts[part], answered.ids[part]) for part in self.parts]
         )
         wins = self.wins(self.gold(answered.ids))
         return at_equal_kl(wins, answered.log_probs - reference, self.pool_rewards, self.pool_wins)

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rlhf_ray.config.files.places import pattern_marks
 from rlhf_ray.engine import universal
 from rlhf_ray.engine.distributed import all_agree
 from rlhf_ray.engine.frozen import Digests, changed_weights, frozen_names
@@ -156,12 +157,11 @@ def load(
 
 
 def _refuse_a_pattern(directory: Path) -> None:
-    """Raise where DeepSpeed would read another folder: 0.19.8 finds weights with ``glob``, and so "run1" for "run[1]"."""
-    marks = sorted({*str(directory)} & {*"*?["})
-    if marks:
+    """Raise where DeepSpeed would read another folder, such as one that was moved since its run began."""
+    if marks := pattern_marks(directory):
         raise RequestError(
-            f"{directory} cannot be resumed where it lies: in the names of folders DeepSpeed takes {' and '.join(marks)} for a "
-            "pattern, and would read what lies in another one. Rename the folder, and resume with its new name"
+            f"{directory} cannot be resumed where it lies: in the names of folders DeepSpeed takes {marks} for a pattern, and "
+            "would read what lies in another one. Rename the folder, and resume with its new name"
         )
 
 

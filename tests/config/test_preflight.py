@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import sys
@@ -588,6 +589,19 @@ def test_a_token_file_must_hold_a_token(here, texts):
 def test_runs_are_written_under_a_directory(here, texts):
     (here / "runs").write_text("")
     assert "run.root: runs is a file" in check_files(parse_config(texts["sft"]))[0]
+
+
+@pytest.mark.parametrize("name", ["lr[1]", "best?", "a*"])
+def test_a_root_that_deepspeed_takes_for_a_pattern_is_refused_before_anything_is_saved_there(name, here, texts):
+    """``findings/deepspeed_loads_a_neighbour_of_the_folder.sh``; also where only the folder that the command runs in is one."""
+    mark = next(mark for mark in "*?[" if mark in name)
+    named = check_files(parse_config(texts["sft"], [f"run.root='{name}/runs'"]))
+    (here / name).mkdir()
+    with contextlib.chdir(here / name):
+        inside = check_files(parse_config(texts["sft"]))
+    for problems in (named, inside):
+        (problem,) = [problem for problem in problems if problem.startswith("run.root")]
+        assert f"{here / name}/runs holds {mark}, which DeepSpeed takes for a pattern" in problem
 
 
 def test_files_come_with_the_other_problems(here):

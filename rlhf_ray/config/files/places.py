@@ -17,6 +17,20 @@ def root_problems(run: RunConfig) -> Iterator[Problem]:
     """Run directories can be made."""
     if Path(run.root).is_file():
         yield "run.root", f"{run.root} is a file, but runs are written under a directory: name another"
+    path = Path(run.root).absolute()
+    if marks := pattern_marks(path):
+        yield (
+            "run.root",
+            f"{path} holds {marks}, which DeepSpeed takes for a pattern, so that no checkpoint could be read: name another",
+        )
+
+
+def pattern_marks(path: Path) -> str:
+    """What makes a pattern of a folder's name where DeepSpeed reads a checkpoint, as words; empty where nothing does.
+
+    DeepSpeed 0.19.8 looks for weights with ``glob``, so that it reads "run1" where it is asked for "run[1]".
+    """
+    return " and ".join(mark for mark in "*?[" if mark in str(path))
 
 
 def token_problems(key: str, name: str | None) -> Iterator[Problem]:

@@ -118,9 +118,8 @@ def _beside(prompt: AnsweredPrompt) -> Row:
 
 def _label(answer: Answer, condition: str, rewards: Sequence[float]) -> str:
     reward = _reward(answer)
-    others = (
-        bisect.bisect_right(rewards, reward) - 1
-    )  # that are no better: the best are in the last decile, however many they are
+    # Those that are no better, equal ones included: the best are in the last decile, however many they are.
+    others = bisect.bisect_right(rewards, reward) - 1
     return condition.format(reward=reward, decile=1 + others * DECILES // len(rewards))
 
 
