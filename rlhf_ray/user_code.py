@@ -74,7 +74,7 @@ def required_parameters(name: str) -> frozenset[str]:
     path = Path(origin) if origin.endswith(".py") else _find_module(origin)[1] if origin else None
     try:
         tree = ast.parse(path.read_bytes()) if path is not None else ast.Module([], [])
-    except (OSError, SyntaxError):
+    except (OSError, SyntaxError, ValueError):
         return frozenset()
     found = [
         node
@@ -205,6 +205,9 @@ def _definition_problems(path: Path, attribute: str) -> Iterator[str]:
     except SyntaxError as error:
         line = f":{error.lineno}" if error.lineno else ""
         yield f"{path}{line}: not Python: {error.msg}"
+        return
+    except ValueError as error:  # of null bytes, from Python 3.11 before 3.11.4
+        yield f"{path}: not Python: {error}"
         return
     names = list(_defined_names(tree.body))
     unreadable = {"*", "__getattr__"} & set(names)  # the module may define more than its text shows

@@ -9,6 +9,7 @@ files need no more than tensors, plain values and the classes below, so for the 
 
 from __future__ import annotations
 
+import copyreg
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,14 @@ from rlhf_ray.errors import IntegrityError
 PLAIN = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 """What DeepSpeed writes beside tensors and plain values: classes that hold numbers and do nothing when they are made."""
 torch.serialization.add_safe_globals(PLAIN)
+
+
+def _by_value(stage: ZeroStageEnum) -> tuple[type[ZeroStageEnum], tuple[int]]:
+    return ZeroStageEnum, (stage.value,)
+
+
+# Python 3.11 before 3.11.4 writes a member of an enumeration as a call of getattr, which no reader here may make.
+copyreg.pickle(ZeroStageEnum, _by_value)
 
 
 class WeightsOnlyReader(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copyreg
 import os
+import pickle
 import threading
 import time
 from collections import OrderedDict
@@ -13,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import nn
 
 from rlhf_ray.engine import shards
@@ -172,3 +175,11 @@ def test_a_folder_that_deepspeed_takes_for_a_pattern_is_refused_by_name(name: st
     with pytest.raises(RequestError, match="Rename the folder, and resume with its new name") as refused:
         shards.load(None, tmp_path / name / "checkpoints" / "3", {}, {}, "", tmp_path)
     assert name in str(refused.value)
+
+
+def test_what_deepspeed_says_of_its_stage_is_written_by_value_whatever_python_does() -> None:
+    """A call of ``getattr`` in a file would be refused when it is read."""
+    written = pickle.dumps({"stage": ZeroStageEnum.gradients}, protocol=2)
+    assert b"getattr" not in written and b"ZeroStageEnum" in written
+    assert pickle.loads(written) == {"stage": ZeroStageEnum.gradients}
+    assert copyreg.dispatch_table[ZeroStageEnum](ZeroStageEnum.weights) == (ZeroStageEnum, (3,))
