@@ -119,6 +119,12 @@ def test_an_ensemble_is_reduced_by_closed_forms() -> None:
     assert reduce([4.0] * 3, "mean_minus_std", 9.0) == 4.0
 
 
+@pytest.mark.parametrize(("high", "low"), [(5.0, 1.0), (0.5, -3.0), (2.0, 2.0)])
+def test_two_models_against_two_have_the_reward_of_the_lower_two(high: float, low: float) -> None:
+    """With k of 1 and the deviation of the population: that of a sample, with one less in its divisor, would go below both."""
+    assert reduce([high, low, low, high], "mean_minus_std", 1.0) == pytest.approx(low)
+
+
 def test_disagreement_costs_an_answer_its_lead() -> None:
     """Both answers have the same mean; the models agree about the second alone."""
     models = {"model_1": of(0.0, 1.0), "model_2": of(2.0, 1.0)}
