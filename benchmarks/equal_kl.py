@@ -1,12 +1,12 @@
 """How often a policy beats its start by gold, over how often best-of-n does at the policy's own KL.
 
-    python -m benchmarks.equal_kl POLICY --start SFT --reward RM --seed N [--prompts 2000] [--pool 256]
+    python -m benchmarks.equal_kl POLICY --start SFT --reward RM --seed N [--prompts 2000] [--pool 80] [--kept FILE.npz]
 
-Invariants: both are judged on the same held-out prompts, against the same answer of the start to each; a tie counts one half.
-Best-of-n picks by the reward that the policy trained on: the normalised score, and -1 for an answer that was cut off. Its
-win rate at each n is the exact mean over all subsets of a pool of answers of the start, read between two n by its KL,
-``log n - (n - 1) / n`` nats, an upper bound. The policy's KL is the mean of the log-ratio of policy and start (k1) over its
-answers. Models are sampled and scored here with transformers alone, which shares no code with the runs that it judges.
+Invariants: both are judged on the same held-out prompts, against the same answers of the start to each, which are in no pool; a
+tie counts one half. Best-of-n picks by the reward that the policy trained on: the normalised score, and -1 for an answer that
+was cut off. Its win rate at each n is the exact mean over all subsets of a pool of answers of the start, read between two n by
+its KL, ``log n - (n - 1) / n`` nats, an upper bound. The policy's KL is the mean of the log-ratio of policy and start (k1) over
+its answers. Models are sampled and scored here with transformers alone, which shares no code with the runs that it judges.
 Intervals of 95 % draw whole prompts again.
 """
 
@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlhf_ray.console import progress
 from rlhf_ray.evaluation import best_of_n_kl
 from rlhf_ray.evaluation.intervals import draw_prompts
 from rlhf_ray.world.gold import gold_score
@@ -32,6 +33,8 @@ from rlhf_ray.world.gold import gold_score
 CUT_OFF = -1.0
 """The reward of an answer that was cut off: ``algorithm.shaping.missing_eos`` in the recipes of ``learning_runs``."""
 NEW_TOKENS, ROWS = 32, 1024
+OPPONENTS, ANSWERS = 16, 8
+"""Answers of the start and of the policy to each prompt; an answer's win rate is against all of these opponents."""
 Array = NDArray[np.float64]
 
 
@@ -168,9 +171,12 @@ def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 class World:
-    """The start, the reward model and the held-out prompts of a seed, with a pool of answers of the start to each."""
+    """The start, the reward model and the held-out prompts of a seed, with opponents and a pool of the start's answers to each.
 
-    def __init__(self, start: Path, reward: Path, seed: int, prompts: int, pool: int) -> None:
+    ``kept`` is a file that holds opponents and pool, and gets them where it is not there.
+    """
+
+    def __init__(self, start: Path, reward: Path, seed: int, prompts: int, pool: int, kept: Path | None = None) -> None:
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
         from rlhf_ray.config.loading import load_config
@@ -181,20 +187,36 @@ class World:
         self.reward = AutoModelForSequenceClassification.from_pretrained(reward, dtype=torch.float32).eval()
         record = json.loads((reward / "config.json").read_text())
         self.mean, self.std = float(record["mean"]), float(record["std"])
-        keys = [f"data.world.seed={seed}", f"data.world.evaluation_prompts={prompts}"]
+        keys = [f"data.world.seed={seed}", f"data.world.evaluation_prompts={prompts}", "evaluation.prompts=1"]
         config = load_config("demo-ppo", keys).to_train()
         held_out = load_prompts(config.data, self.tokenizer, seed).held_out
         self.texts, self.prompts = [one.text for one in held_out], [[*one.token_ids] for one in held_out]
         self.parts = [slice(first, first + ROWS) for first in range(0, len(self.prompts), ROWS)]
         self.end = int(self.tokenizer.eos_token_id)
+        self.opponents = self.pool_rewards = self.pool_wins = np.zeros((0, 0))
+        if kept and kept.is_file():
+            self._read(kept, pool)
+            return
         generator = torch.Generator().manual_seed(seed)
-        self.baseline = self.gold(self.answer(self.start, generator).ids)
-        rewards, golds = [], []
-        for _ in range(pool):
-            answers = self.answer(self.start, generator).ids
-            rewards.append(self.rewards(answers))
-            golds.append(self.gold(answers))
-        self.pool_rewards, self.pool_wins = np.stack(rewards, 1), np.stack([self.wins(gold) for gold in golds], 1)
+        self.opponents = np.stack([self.gold(self.answer(self.start, generator).ids) for _ in range(OPPONENTS)], 1)
+        answers = [self.answer(self.start, generator).ids for _ in progress(range(pool), "answers of the start")]
+        self.pool_rewards = np.stack([self.rewards(ids) for ids in answers], 1)
+        self.pool_wins = np.stack([self.wins(self.gold(ids)) for ids in answers], 1)
+        if kept:
+            np.savez_compressed(
+                kept, opponents=self.opponents, pool_rewards=self.pool_rewards, pool_wins=self.pool_wins
+            )
+
+    def _read(self, kept: Path, pool: int) -> None:
+        with np.load(kept) as found:
+            self.opponents, self.pool_rewards, self.pool_wins = (
+                found[name] for name in ("opponents", "pool_rewards", "pool_wins")
+            )
+        if self.pool_rewards.shape != (len(self.prompts), pool):
+            shape = " prompts and a pool of ".join(map(str, self.pool_rewards.shape))
+            raise SystemExit(
+                f"{kept} holds {shape}, not {len(self.prompts)} and {pool}: name another file, or delete it"
+            )
 
     def answer(self, model: Any, generator: torch.Generator) -> Sampled:
         """An answer of a model to every prompt."""
@@ -211,8 +233,8 @@ class World:
         )
 
     def wins(self, gold: Array) -> Array:
-        """1 where it is better than the start's own answer, one half at a tie."""
-        return (gold > self.baseline) + 0.5 * (gold == self.baseline)
+        """The share of the opponents that it beats; a tie counts one half."""
+        return np.asarray(((gold[:, None] > self.opponents) + 0.5 * (gold[:, None] == self.opponents)).mean(axis=1))
 
     def rewards(self, answers: Sequence[Sequence[int]]) -> Array:
         """The reward that training gives to an answer to each prompt."""
@@ -225,12 +247,16 @@ class World:
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
-        answered = self.answer(model, torch.Generator().manual_seed(seed + 1))
-        reference = np.concatenate(
-            [log_prob(self.start, self.prompts[part], answered.ids[part]) for part in self.parts]
-        )
-        wins = self.wins(self.gold(answered.ids))
-        return at_equal_kl(wins, answered.log_probs - reference, self.pool_rewards, self.pool_wins)
+        generator = torch.Generator().manual_seed(seed + 1)
+        wins, kl = [], []
+        for _ in range(ANSWERS):
+            answered = self.answer(model, generator)
+            reference = np.concatenate(
+                [log_prob(self.start, self.prompts[part], answered.ids[part]) for part in self.parts]
+            )
+            wins.append(self.wins(self.gold(answered.ids)))
+            kl.append(answered.log_probs - reference)
+        return at_equal_kl(np.mean(wins, axis=0), np.mean(kl, axis=0), self.pool_rewards, self.pool_wins)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -241,9 +267,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--reward", type=Path, required=True, help="the reward model that they learned from")
     parser.add_argument("--seed", type=int, required=True, help="of the world and the run")
     parser.add_argument("--prompts", type=int, default=2000)
-    parser.add_argument("--pool", type=int, default=256, help="answers of the start to each prompt")
+    parser.add_argument("--pool", type=int, default=80, help="answers of the start to each prompt")
+    parser.add_argument("--kept", type=Path, help="a file for the answers of the start, to judge other policies later")
     options = parser.parse_args(arguments)
-    world = World(options.start, options.reward, options.seed, options.prompts, options.pool)
+    world = World(options.start, options.reward, options.seed, options.prompts, options.pool, options.kept)
     for policy in options.policies:
         print(json.dumps({"policy": str(policy), **asdict(world.judge(policy))}), flush=True)
 

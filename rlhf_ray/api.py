@@ -256,7 +256,7 @@ def generate(
     keys: dict[str, Any] = {"samples": samples, "select": select, "top": top}
     config = generate_config(model, prompts, reward=reward, overrides=_texts(overrides), **keys)
     place = place_for_generating(config) if in_process else None
-    return generate_all(config, OutputFile(Path(output), "output", overwrite=overwrite), place=place)
+    return generate_all(config, OutputFile(Path(output), "output", overwrite=overwrite, ending=".jsonl"), place=place)
 
 
 def evaluate_policies(
@@ -289,7 +289,7 @@ def evaluate_policies(
     texts = _texts({"run.name": "evaluate", **(overrides or {})})
     configs = [generate_config(one, prompts, reward=reward, overrides=texts, samples=samples) for one in models]
     places = [place_for_generating(config) if in_process else None for config in configs]
-    file = OutputFile(Path(output), "output", overwrite=overwrite, reads=(Path(prompts),))
+    file = OutputFile(Path(output), "output", overwrite=overwrite, reads=(Path(prompts),), ending=".json")
     return evaluate_all(PolicyEvaluation(configs, sorted({*pass_at})), file, places=places)
 
 

@@ -18,6 +18,7 @@ import torch
 from rlhf_ray.actors.ranks import START_TIMEOUT, Ranks
 from rlhf_ray.actors.workers.base import STARTING
 from rlhf_ray.actors.workers.model import Loss, Part, Vocabulary, WorkerSetup
+from rlhf_ray.algorithms.losses import Divergence
 from rlhf_ray.console import get_logger
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.engine.saving.room import Room
@@ -164,9 +165,9 @@ class Group:
         return self.ranks.call(method, [arguments] * self.size, phase=phase, timeout_s=timeout_s, key=key)
 
     def _column(
-        self, method: str, shared: SharedBatch, schedule: Schedule, *, per_token: bool
+        self, method: str, shared: SharedBatch, schedule: Schedule, *others: Any, per_token: bool
     ) -> Pending[torch.Tensor]:
-        arguments = [(shared.handle, schedule.rank(rank)) for rank in range(self.size)]
+        arguments = [(shared.handle, schedule.rank(rank), *others) for rank in range(self.size)]
         scatter = scatter_tokens if per_token else scatter_sequences
         return self.ranks.call(method, arguments).then(lambda results: scatter(_parts(results), shared.batch))
 
@@ -182,6 +183,10 @@ class PolicyGroup(ReferenceGroup):
         super().__init__(ranks)
         self._said: set[str] = set()
         """Warnings of the execution contract, each of which is said once."""
+
+    def divergences(self, shared: SharedBatch, schedule: Schedule, divergence: Divergence) -> Pending[torch.Tensor]:
+        """(N,) how far the policy is from its teacher at every token, in nats."""
+        return self._column("divergences", shared, schedule, divergence, per_token=True)
 
     def save_without_weights(self, directory: str) -> Pending[dict[str, tuple[int, ...]]]:
         """Write what rollout engines start from; the value is the shapes of the weights by their names on disk."""

@@ -34,6 +34,7 @@ NEEDS: Mapping[str, tuple[Phase, ...]] = {
     "load": (LEARN,),
     "save_pretrained": (LEARN,),
     "log_probs": (SCORE,),
+    "divergences": (SCORE,),
     "values": (SCORE,),
     "scores": (SCORE,),
     "score": (SCORE,),

@@ -1,4 +1,4 @@
-"""What every loss returns, and the losses of the critic and of supervised fine-tuning.
+"""What every loss returns, and the losses of the critic, of supervised fine-tuning and of distillation.
 
 A loss is a frozen dataclass, so that it can be sent to another process. It is called as ``loss(outputs, micro_batch)``.
 
@@ -13,8 +13,9 @@ Invariants:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -34,6 +35,8 @@ class PolicyOutputs:
 
     log_probs: Float[Tensor, "N"]
     entropy: Float[Tensor, "N"] | None = None
+    divergence: Float[Tensor, "N"] | None = None
+    """From a teacher, in nats, where the policy was given one."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,64 @@ class NegativeLogLikelihood:
         expect_shape("log_probs of the policy", outputs.log_probs, mask.shape)
         loss = -keep(outputs.log_probs, mask).sum()
         metrics = {"loss/sft": metric(loss, mask.sum())}
+        entropy = read_entropy(outputs, mask)
+        if entropy is not None:
+            metrics["entropy"] = metric(entropy.sum(), mask.sum())
+        return LossOutput(loss, metrics)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far the distribution p of a policy is from the distribution q of its teacher, at one temperature.
+
+    ``forward_kl`` is KL(q ‖ p), ``reverse_kl`` is KL(p ‖ q), and ``jsd`` the generalised Jensen-Shannon divergence
+    ``beta KL(q ‖ m) + (1 - beta) KL(p ‖ m)`` with ``m = beta q + (1 - beta) p`` (Agarwal et al. 2024, eq. 1).
+    """
+
+    name: Literal["forward_kl", "reverse_kl", "jsd"]
+    beta: float = 0.5
+    temperature: float = 1.0
+
+    def __call__(self, log_p: Float[Tensor, "T V"], log_q: Float[Tensor, "T V"]) -> Float[Tensor, "T"]:
+        """Return the divergence of each row of log-probabilities, in nats; never below 0 but for rounding."""
+        if self.name == "forward_kl":
+            return (log_q.exp() * (log_q - log_p)).sum(-1)
+        if self.name == "reverse_kl":
+            return (log_p.exp() * (log_p - log_q)).sum(-1)
+        log_m = torch.logaddexp(log_q + math.log(self.beta), log_p + math.log1p(-self.beta))
+        to_teacher, to_policy = ((one.exp() * (one - log_m)).sum(-1) for one in (log_q, log_p))
+        return self.beta * to_teacher + (1.0 - self.beta) * to_policy
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Learning from a teacher: ``(1 - likelihood) D - likelihood log p`` of the answer's tokens.
+
+    D is the divergence of the whole distributions at a token. Needs the column ``action_mask``.
+    """
+
+    divergence: Divergence
+    likelihood: float = 0.0
+    """The share of the loss of supervised fine-tuning (Hinton et al. 2015)."""
+
+    denominator: ClassVar[DenominatorKind] = "tokens"
+
+    def __call__(self, outputs: PolicyOutputs, micro_batch: TrajectoryBatch) -> LossOutput:
+        """Sum the loss over the actions of the micro-batch; raises ``ValueError`` where the policy had no teacher."""
+        mask = micro_batch["action_mask"]
+        if outputs.divergence is None:
+            raise ValueError("the policy was given no teacher: its outputs have no divergence")
+        expect_shape("divergence of the policy", outputs.divergence, mask.shape)
+        divergence = keep(outputs.divergence, mask).sum()
+        surprise = -keep(outputs.log_probs, mask).sum()
+        loss = divergence
+        if self.likelihood:  # else log-probs need no gradient, which takes as long as that of the divergence
+            loss = (1.0 - self.likelihood) * divergence + self.likelihood * surprise
+        metrics = {
+            "loss/distill": metric(loss, mask.sum()),
+            "divergence/teacher": metric(divergence, mask.sum()),
+            "loss/sft": metric(surprise, mask.sum()),
+        }
         entropy = read_entropy(outputs, mask)
         if entropy is not None:
             metrics["entropy"] = metric(entropy.sum(), mask.sum())

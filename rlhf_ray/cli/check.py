@@ -70,7 +70,7 @@ def preview(config: Any) -> None:
     For jobs whose models and rows are all on this machine. Nothing where the tokenizer is still to be made of rows. Raises
     :class:`ConfigError` where a model reads the policy's ids with another tokenizer.
     """
-    name = {"ppo": "policy", "sft": "policy", "dpo": "policy", "rm": "reward"}.get(config.kind)
+    name = {"ppo": "policy", "sft": "policy", "distill": "policy", "dpo": "policy", "rm": "reward"}.get(config.kind)
     if name is None or (config.kind != "ppo" and not config.data.files):
         return
     model: ModelConfig = getattr(config, name).model
@@ -123,7 +123,7 @@ def _read_first_rows(config: Any, tokenizer: Any) -> Sequence[Any]:
     logger, seed = get_logger("check"), config.run.seed
     logger.info("the first %d rows of each file, as the job will read them:", most)
     try:
-        if config.kind == "sft":
+        if config.kind in ("sft", "distill"):
             return load_demonstrations(data, tokenizer, seed).train
         if config.kind == "dpo" and not config.loss.reads_pairs:
             return load_judged(data, tokenizer, seed).train

@@ -228,4 +228,8 @@ def _output(options: argparse.Namespace) -> OutputFile | None:
     from rlhf_ray.storage.output import OutputFile
 
     reads = [file for file in (options.data, options.held_out, options.prompts) if file is not None]
-    return None if options.output is None else OutputFile(options.output, overwrite=options.overwrite, reads=reads)
+    return (
+        None
+        if options.output is None
+        else OutputFile(options.output, overwrite=options.overwrite, reads=reads, ending=".json")
+    )

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from rlhf_ray.config.problems import unless_absent
 from rlhf_ray.config.sections.engine import PlacementConfig, ResourcesConfig
+from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.roles import RoleConfig, TokenBudget
 from rlhf_ray.config.sections.rollout import RolloutConfig
 
@@ -48,6 +49,8 @@ class Role:
     """None where requests from outside decide what it works on."""
     entropy_in_loss: bool = False
     """Whether its loss depends on the entropy of its choices."""
+    beside: ModelConfig | None = None
+    """A frozen model that each of its ranks holds too."""
     derived: bool = False
     """Whether its section is null and it follows from another role, whose problems are reported already."""
 

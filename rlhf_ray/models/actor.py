@@ -16,11 +16,12 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rlhf_ray.algorithms.losses import PolicyOutputs
+from rlhf_ray.algorithms.losses import Divergence, PolicyOutputs
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ModelLoadError, RequestError
 from rlhf_ray.models.description import ModelFacts, describe
 from rlhf_ray.models.dtypes import torch_dtype
+from rlhf_ray.models.forward.divergence import Teacher
 from rlhf_ray.models.forward.liger import use_liger
 from rlhf_ray.models.forward.log_probs import LogProbHead
 from rlhf_ray.models.forward.packed import distinct, packed_forward, padded_positions, read_forward, unpad
@@ -263,6 +264,8 @@ class PackedPolicy(nn.Module):
         with_entropy: bool = False,
         wanted: Bool[Tensor, "sequence_tokens"] | None = None,
         entropy_in_loss: bool = False,
+        teacher: Teacher | None = None,
+        divergence: Divergence | None = None,
     ) -> PolicyOutputs:
         """Return log-probs and entropies in nats, one number for each token of each sequence, in the order of sequences.
 
@@ -270,9 +273,11 @@ class PackedPolicy(nn.Module):
         are 0 at the first token of a sequence, and where ``wanted`` is False (None: True everywhere). The output layer, and
         most of the last layer before it, run for wanted tokens only, and once for a prefix that sequences share. In a pack
         with kept sets a token has the log-prob and entropy of its own set. ``entropy_in_loss`` says that a loss will depend on
-        the entropies.
+        the entropies. With a ``teacher`` and a ``divergence`` there is that from it at each wanted token too.
         """
         packed = share_alike(self.actor.config, packed)
+        if teacher is not None:
+            packed = teacher.read_alike(packed)
         at = packed.predicted_tokens
         if wanted is not None:
             chosen = torch.zeros(packed.num_tokens, dtype=torch.bool, device=at.device)
@@ -281,8 +286,10 @@ class PackedPolicy(nn.Module):
             hidden = read_forward(self.actor.backbone, packed, read)
         else:
             hidden = packed_forward(self.actor.backbone, packed)
+        places = packed.previous_tokens[at]
+        before = hidden.index_select(0, places)
         log_probs, entropy = self.actor.log_prob_head(
-            hidden.index_select(0, packed.previous_tokens[at]),
+            before,
             packed.token_ids[at],
             temperature,
             with_entropy,
@@ -294,4 +301,12 @@ class PackedPolicy(nn.Module):
             tokens = packed.per_sequence(numbers.new_zeros(packed.num_tokens).index_put((at,), numbers))
             return tokens if wanted is None or packed.parent is None else tokens * wanted
 
-        return PolicyOutputs(spread(log_probs), None if entropy is None else spread(entropy))
+        from_teacher = None
+        if teacher is not None and divergence is not None:
+            states = teacher.hidden_states(packed, places)
+            from_teacher = spread(
+                self.actor.log_prob_head(
+                    before, read=lambda head, own: teacher.divergences(head, own, states, divergence)
+                )
+            )
+        return PolicyOutputs(spread(log_probs), None if entropy is None else spread(entropy), from_teacher)

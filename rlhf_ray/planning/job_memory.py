@@ -126,6 +126,8 @@ def _role_memory(config: Job, name: str, role: Role, files: Files) -> RoleMemory
             parts += _last_weights(sampling, size)
         if role.trained:
             parts += _checkpoint(config, role, size)
+        if role.beside is not None:
+            parts += _teacher(role, role.beside, files)
         parts += _process(share)
     ranks = next((placed.count for placed in config.placements() if placed.name == name), section.ranks)
     return RoleMemory(name, ranks, share, f"{name}.resources.gpus_per_rank", tuple(parts), _name(model))
@@ -158,6 +160,16 @@ def _engine_memory(config: Job, sampling: Sampling, files: Files) -> RoleMemory:
     )
     ranks = rollout.engines * rollout.tensor_parallel
     return RoleMemory("rollout", ranks, share, key, tuple(parts), _name(sampling.role.config.model), cache_token)
+
+
+def _teacher(role: Role, teacher: ModelConfig, files: Files) -> Iterator[Part]:
+    """The weights of a frozen model that each rank holds whole."""
+    size = role_size(Role(role.config.model_copy(update={"model": teacher}), head=False), files)
+    if size is not None:
+        whole = role.config.engine.model_copy(update={"zero": 0, "offload": "none"})
+        yield from (
+            replace(part, what=f"teacher's {part.what}") for part in engine_parts(size, whole, teacher.dtype, 1)
+        )
 
 
 def _checkpoint(config: Job, role: Role, size: ModelSize) -> Iterator[Part]:

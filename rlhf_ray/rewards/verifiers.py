@@ -1,7 +1,7 @@
-"""Reward functions of this project that compare an answer with the label of its prompt.
+"""Reward functions of this project that compare an answer with the label of its prompt, and one that looks at nothing.
 
-Invariants: a right answer gets 1.0 and any other 0.0; an answer that was cut off is never right; a label that is missing, or
-that answers cannot be compared with, is an error that says what is wrong, never a 0.
+Invariants of those that compare: a right answer gets 1.0 and any other 0.0; an answer that was cut off is never right; a label
+that is missing, or that answers cannot be compared with, is an error that says what is wrong, never a 0.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ def exact_match(responses: Sequence[str], labels: Sequence[Any], finished: Seque
         float(ended and response.strip() == _compared(label, text_label_problem).strip())
         for response, label, ended in zip(responses, labels, finished, strict=True)
     ]
+
+
+def none(responses: Sequence[str]) -> list[float]:
+    """0 for every answer: for a policy that learns from a teacher alone."""
+    return [0.0] * len(responses)
 
 
 def _wanted(label: Any) -> Decimal:

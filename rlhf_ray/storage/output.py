@@ -37,6 +37,8 @@ class OutputFile:
     """What to do where a file stands there."""
     reads: Sequence[Path] = ()
     """Files that the command reads, none of which is ever written over."""
+    ending: str | None = None
+    """What the name of a file must end in, where readers go by it or other files are named after it; a stream has no ending."""
 
     def check(self) -> None:
         """Refuse a place that :meth:`write` would not write to, with a :class:`RequestError`."""
@@ -84,9 +86,9 @@ class OutputFile:
         try:
             status = self.path.lstat()
         except (FileNotFoundError, NotADirectoryError):
-            return self._folder_problem()
+            return self._ending_problem() or self._folder_problem()
         if stat.S_ISREG(status.st_mode):
-            return self._file_problem(status)
+            return self._ending_problem() or self._file_problem(status)
         if stat.S_ISLNK(status.st_mode):
             return f"is a link to {os.readlink(self.path)}, which is not followed: name that file itself, or another"
         if stat.S_ISDIR(status.st_mode):
@@ -97,6 +99,11 @@ class OutputFile:
             "a pipe" if stat.S_ISFIFO(status.st_mode) else "a socket" if stat.S_ISSOCK(status.st_mode) else "a device"
         )
         return f"is {kind}, which nothing is written to: name a file, or /dev/stdout"
+
+    def _ending_problem(self) -> str:
+        if self.ending is None or self.path.suffix == self.ending:
+            return ""
+        return f"does not end in {self.ending}, by which it is read: name it {self.path.with_suffix(self.ending).name}"
 
     def _folder_problem(self) -> str:
         folder = self.path.parent

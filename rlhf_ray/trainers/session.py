@@ -25,6 +25,7 @@ from rlhf_ray.actors.workers.reward import RewardSetup
 from rlhf_ray.actors.workers.rollout import RolloutSetup
 from rlhf_ray.actors.workers.trained_reward import TrainedRewardSetup
 from rlhf_ray.config.jobs.base import TrainingJob
+from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.console import get_logger
@@ -111,13 +112,19 @@ class Session:
     def _shared(self) -> SharedFile:
         return SharedFile.at(self._run.attempts.path)
 
-    def policy(self, role: RoleConfig, *, total_updates: int, temperature: float = 1.0) -> PlacedGroup[PolicyGroup]:
-        """Place a policy that learns for ``total_updates`` updates; ``temperature`` is that of its log-probs."""
+    def policy(
+        self, role: RoleConfig, *, total_updates: int, temperature: float = 1.0, teacher: ModelConfig | None = None
+    ) -> PlacedGroup[PolicyGroup]:
+        """Place a policy that learns for ``total_updates`` updates; ``temperature`` is that of its log-probs.
+
+        A ``teacher`` lies beside it on every rank.
+        """
         setup = LanguageSetup(
             self._whole(role),
             self.seed,
             total_updates=total_updates,
             temperature=temperature,
+            teacher=teacher,
             shared=self._shared,
             longest=self._longest,
         )

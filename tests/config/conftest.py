@@ -25,6 +25,14 @@ reward: {{model: {{make: {MADE}, dtype: fp32, head_init: inv_sqrt}}, engine: {{o
 data: {{world: {{}}}}
 batch: {{pairs_per_update: 8}}
 """,
+    "distill": f"""
+kind: distill
+run: {{name: small}}
+policy: {{model: {{make: {MADE}, dtype: fp32}}, engine: {{optimizer: {{learning_rate: 1e-3}}}}}}
+teacher: {{make: {MADE}, dtype: fp32}}
+data: {{world: {{}}}}
+batch: {{sequences_per_update: 8}}
+""",
     "dpo": f"""
 kind: dpo
 run: {{name: small}}

@@ -20,12 +20,14 @@ EXPECTED = {
     "gspo": ("group_norm", "clip", "sequence", "sequences", "none", "reward", False),
     "dapo": ("group_norm", "clip", "token", "tokens", "none", "reward", False),
     "cispo": ("group_norm", "cispo", "token", "tokens", "none", "reward", False),
+    "distill": ("reward_to_go", "clip", "token", "tokens", "none", "reward", True),
 }
 """advantages, objective, ratio, aggregation, whitening, where the KL is, whether there is one."""
 
 
 def needs_of(name: str) -> list[str]:
-    return [] if name == "ppo" else NO_CRITIC if name == "reinforce++" else GROUPED
+    own = {"ppo": [], "reinforce++": NO_CRITIC, "distill": ["critic=null"]}
+    return own.get(name, GROUPED)
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -29,6 +29,7 @@ from rlhf_ray.config.sections.algorithm import (
 from rlhf_ray.config.sections.base import Section
 from rlhf_ray.config.sections.batch import BatchConfig, PairBatchConfig, PreferenceBatchConfig, SequenceBatchConfig
 from rlhf_ray.config.sections.data import DataConfig, RowsConfig, SourceConfig, WorldConfig
+from rlhf_ray.config.sections.distillation import DistillationConfig
 from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig, PlacementConfig, ResourcesConfig
 from rlhf_ray.config.sections.evaluation import (
     EvaluationConfig,
@@ -101,6 +102,7 @@ SECTIONS: dict[str, type[Section]] = {
     "`algorithm.shaping.missing_eos`": MissingEosConfig,
     "`algorithm.importance`": ImportanceConfig,
     "`loss` of rm": RewardLossConfig,
+    "`loss` of distill": DistillationConfig,
     "`loss` of dpo": PolicyLossConfig,
     "`normalization` of rm": NormalizationConfig,
     "`evaluation`": EvaluationConfig,

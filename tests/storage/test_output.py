@@ -125,3 +125,14 @@ def test_the_null_device_takes_it_and_stays(tmp_path: Path) -> None:
     assert os.stat("/dev/null").st_ino == before.st_ino and stat.S_ISCHR(os.stat("/dev/null").st_mode)
     with pytest.raises(StorageError, match="disk full: cannot write /dev/full"):
         OutputFile(Path("/dev/full")).write("nothing")
+
+
+def test_a_file_is_named_by_what_it_holds_where_that_is_asked(tmp_path: Path) -> None:
+    for name in ("q", "q.txt2", "q.jsonl.gz", "q.JSONL"):
+        with pytest.raises(
+            RequestError, match=rf"--output .*{name}: does not end in .jsonl, by which it is read: name it q.*jsonl"
+        ):
+            OutputFile(tmp_path / name, ending=".jsonl").check()
+    OutputFile(tmp_path / "q.jsonl", ending=".jsonl").write("{}")
+    OutputFile(Path("/dev/null"), ending=".jsonl").write("{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["q.jsonl"]

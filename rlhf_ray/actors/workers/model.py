@@ -342,5 +342,7 @@ def _graph_anchor(outputs: Any) -> torch.Tensor:
     """A scalar that depends on every output, so that a dummy micro-batch enters every collective of the backward."""
     if isinstance(outputs, RewardOutputs):
         return outputs.scores.sum() + (0.0 if outputs.router_balance is None else outputs.router_balance)
-    tensor: torch.Tensor = outputs if isinstance(outputs, torch.Tensor) else outputs.log_probs
-    return tensor.sum()
+    if isinstance(outputs, torch.Tensor):
+        return outputs.sum()
+    anchor: torch.Tensor = outputs.log_probs.sum()
+    return anchor if outputs.divergence is None else anchor + outputs.divergence.sum()

@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlhf_ray.actors.workers.model import Loss, ModelWorker, Part, Vocabulary, WorkerSetup, sampled_tokens
+from rlhf_ray.algorithms.losses import Distillation, Divergence, PolicyOutputs
 from rlhf_ray.config.files.sampled import NO_ADAPTER
+from rlhf_ray.config.files.tokenizers import different_tokenizer
+from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.errors import RequestError
 from rlhf_ray.network import free_port
 from rlhf_ray.rollout.execution import PROCESSED, Execution, versions
@@ -24,6 +27,7 @@ from rlhf_ray.trajectories.packing import Packed
 from rlhf_ray.trajectories.schedule import MicroBatch
 
 if TYPE_CHECKING:
+    from rlhf_ray.models.forward.divergence import Teacher
     from rlhf_ray.rollout.weight_sender import WeightSender
     from rlhf_ray.rollout.weights.delta import LastSent
 
@@ -34,6 +38,8 @@ class LanguageSetup(WorkerSetup):
 
     temperature: float = 1.0
     """The sampling temperature, at which log-probs are computed."""
+    teacher: ModelConfig | None = None
+    """A model that the policy learns from, which lies frozen beside it on every rank."""
 
 
 class ReferenceWorker(ModelWorker[LanguageSetup]):
@@ -81,6 +87,7 @@ class PolicyWorker(ReferenceWorker):
     _base: PublishedWeights | None = None
     _transport: Transport | None = None
     _quantization: str | None = None
+    _teacher: Teacher | None = None
 
     def _load(self, setup: LanguageSetup) -> tuple[torch.nn.Module, str]:
         from rlhf_ray.models.weights.quantization import four_bit_layers
@@ -88,7 +95,18 @@ class PolicyWorker(ReferenceWorker):
         loaded = super()._load(setup)
         # Layers are in 4 bits from loading on or never. To look at all of them with every publication takes milliseconds.
         self._quantization = "nf4" if four_bit_layers(self.hf_model) else None
+        if setup.teacher is not None:
+            self._teacher = self._load_teacher(setup)
         return loaded
+
+    def _load_teacher(self, setup: LanguageSetup) -> Teacher:
+        from rlhf_ray.models import load_policy
+        from rlhf_ray.models.forward.divergence import Teacher
+
+        assert setup.teacher is not None
+        teacher = Teacher(load_policy(setup.teacher, device=self.device))
+        _require_one_vocabulary(setup.config.model, setup.teacher)
+        return teacher
 
     @cached_property
     def _own_vocabulary(self) -> Vocabulary:
@@ -117,7 +135,29 @@ class PolicyWorker(ReferenceWorker):
     def _outputs(self, module: torch.nn.Module, packed: Packed, sequences: TrajectoryBatch | None, loss: Loss) -> Any:
         wanted = None if sequences is None else sampled_tokens(sequences)
         in_loss = getattr(loss, "entropy_coefficient", 0.0) != 0.0
-        return module(packed, self.settings.temperature, with_entropy=True, wanted=wanted, entropy_in_loss=in_loss)
+        from_teacher = (
+            {"teacher": self._teacher, "divergence": loss.divergence} if isinstance(loss, Distillation) else {}
+        )
+        return module(
+            packed, self.settings.temperature, with_entropy=True, wanted=wanted, entropy_in_loss=in_loss, **from_teacher
+        )
+
+    def divergences(
+        self, batch: TrajectoryBatch, micro_batches: Sequence[MicroBatch], divergence: Divergence
+    ) -> list[Part]:
+        """The divergence from the teacher, in nats, of every sampled token of this rank's sequences; prompts have 0."""
+
+        def forward(module: torch.nn.Module, packed: Packed, wanted: Any) -> torch.Tensor:
+            outputs: PolicyOutputs = module(packed, wanted=wanted, teacher=self._teacher, divergence=divergence)
+            assert outputs.divergence is not None, "the driver gave this rank a teacher"
+            return outputs.divergence
+
+        with self.doing("divergences"):
+            return [
+                part
+                for one in micro_batches
+                for part in self.forward_parts(batch, [one], partial(forward, wanted=self._sampled(batch, one)))
+            ]
 
     def save_without_weights(self, directory: str) -> dict[str, tuple[int, ...]]:
         """Write what rollout engines start from, on rank 0; weights come by the first update.
@@ -228,3 +268,12 @@ class PolicyWorker(ReferenceWorker):
     def keep_bucket(self, bucket: Bucket) -> Any:
         """Keep a bucket until the engines have taken it; returns what they find it by: itself in the same process."""
         return bucket
+
+
+def _require_one_vocabulary(policy: ModelConfig, teacher: ModelConfig) -> None:
+    """Refuse a teacher whose token ids mean something else; one that comes from a hub is first seen here."""
+    from rlhf_ray.data.tokenizers import fingerprint
+    from rlhf_ray.models import load_tokenizer
+
+    if fingerprint(load_tokenizer(policy)) != fingerprint(load_tokenizer(teacher)):
+        raise RequestError(f"teacher: {different_tokenizer('teacher', teacher, policy)}")

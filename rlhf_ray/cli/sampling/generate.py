@@ -70,9 +70,8 @@ def run(options: argparse.Namespace) -> int:
         top=options.top,
         greedy=options.greedy or None,
     )
-    output = OutputFile(
-        options.output, overwrite=options.overwrite, reads=[Path(path) for _, path in config.data_paths()]
-    )
+    reads = [Path(path) for _, path in config.data_paths()]
+    output = OutputFile(options.output, overwrite=options.overwrite, reads=reads, ending=".jsonl")
     output.check()
     place = None
     if options.in_process:

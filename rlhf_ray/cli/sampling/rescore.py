@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
 
     output = None
     if options.output is not None:
-        output = OutputFile(options.output, overwrite=options.overwrite, reads=[Path(options.samples)])
+        output = OutputFile(options.output, overwrite=options.overwrite, reads=[Path(options.samples)], ending=".jsonl")
     if output is not None:
         output.check()
     reward = other_reward(options.reward, options.overrides)

@@ -69,6 +69,15 @@ def reference_is_used(algorithm: AlgorithmConfig, reference: RoleConfig | None) 
         yield "reference", "algorithm.kl.measure is false, so nothing reads it: remove it, or set measure to true"
 
 
+def teacher_is_named(algorithm: AlgorithmConfig, reference: RoleConfig | None) -> Iterator[Problem]:
+    """Distillation has a teacher, which stands in the place of the reference."""
+    if algorithm.name == "distill" and reference is None:
+        yield (
+            "reference",
+            "missing: algorithm distill draws the policy to the reference, which is the teacher; set reference.model.path",
+        )
+
+
 def penalties_fit(shaping: ShapingConfig, max_new_tokens: int) -> Iterator[Problem]:
     """Penalties on the length of an answer lie within the lengths that it can have."""
     if shaping.overlong is not None and round(shaping.overlong.buffer_fraction * max_new_tokens) < 1:

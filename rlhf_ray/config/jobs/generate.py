@@ -27,7 +27,7 @@ from rlhf_ray.config.problems import Problem, Rule, unless_absent
 from rlhf_ray.config.sections.base import Positive, Section
 from rlhf_ray.config.sections.data import DataConfig, SourceConfig
 from rlhf_ray.config.sections.models import ModelConfig
-from rlhf_ray.config.sections.rewards import FROM_ENVIRONMENT, RewardConfig, RewardSourceConfig
+from rlhf_ray.config.sections.rewards import FROM_ENVIRONMENT, NO_REWARD, RewardConfig, RewardSourceConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.environment import expand_home
 from rlhf_ray.rows.prompts import PromptReader
@@ -199,6 +199,8 @@ class GenerateConfig(Job):
         for key, source in self._sources():
             if source.function == FROM_ENVIRONMENT:
                 yield f"{key}.function", f"{FROM_ENVIRONMENT} plays with a policy that learns: name another"
+            if source.function == NO_REWARD:
+                yield f"{key}.function", f"{NO_REWARD} gives every answer 0: leave reward out, or name another"
 
     def _is_no_reward_model(self) -> Iterator[Problem]:
         problem = only_scores(model_config_file(self.policy))

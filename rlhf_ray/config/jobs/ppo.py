@@ -159,6 +159,7 @@ class PpoConfig(TrainingJob):
             lambda: algorithm_checks.samples_to_compare(self.algorithm, self.batch.samples_per_prompt),
             self._judges_compare_groups,
             lambda: algorithm_checks.reference_is_used(self.algorithm, self.reference),
+            lambda: algorithm_checks.teacher_is_named(self.algorithm, self.reference),
             lambda: algorithm_checks.penalties_fit(self.algorithm.shaping, self.rollout.max_new_tokens),
             lambda: algorithm_checks.policy_computes_the_same_twice(self.policy),
             lambda: algorithm_checks.policy_trains_at_all(self.algorithm, self.steps),

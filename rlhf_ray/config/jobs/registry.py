@@ -24,6 +24,7 @@ class JobKind(NamedTuple):
 KINDS: dict[str, JobKind] = {
     "sft": JobKind("rlhf_ray.config.jobs.sft:SftConfig"),
     "rm": JobKind("rlhf_ray.config.jobs.reward_model:RewardModelConfig"),
+    "distill": JobKind("rlhf_ray.config.jobs.distill:DistillConfig"),
     "dpo": JobKind("rlhf_ray.config.jobs.dpo:DpoConfig"),
     "ppo": JobKind("rlhf_ray.config.jobs.ppo:PpoConfig"),
     "generate": JobKind("rlhf_ray.config.jobs.generate:GenerateConfig", trains=False),

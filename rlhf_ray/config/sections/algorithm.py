@@ -25,7 +25,7 @@ from rlhf_ray.config.sections.base import (
 from rlhf_ray.user_code import ADVANTAGES, COLLECTORS, OBJECTIVES, spelling_problem
 
 AlgorithmName = Literal[
-    "ppo", "grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline", "gspo", "dapo", "cispo"
+    "ppo", "grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline", "gspo", "dapo", "cispo", "distill"
 ]
 Whitening = Literal["none", "population", "unbiased"]
 COMPARING_ADVANTAGES = ("leave_one_out", "group_mean", "group_norm")
@@ -90,6 +90,13 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
         # MiniMax-M1 2025; the bound is ScaleRL's (Khatri et al. 2025)
         "cispo": {**AGAINST_GROUP, "objective": "cispo", "clip_low": None, "clip_high": 4.0, "kl": NO_KL},
+        # Gu et al. 2024, Agarwal et al. 2024; token by token, as Lu et al. 2025
+        "distill": {
+            **WITHOUT_CRITIC,
+            "advantages": "reward_to_go",
+            "gamma": 0.0,
+            "kl": {"coefficient": 1.0, "estimator": "k1", "applied_to": "reward"},
+        },
     }
 )
 

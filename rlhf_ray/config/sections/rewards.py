@@ -21,6 +21,8 @@ from rlhf_ray.user_code import REWARD_SOURCES, spelling_problem
 WORLD_FUNCTIONS = ("world.gold", "world.arithmetic")
 FROM_ENVIRONMENT = "environment"
 """As a reward function: the rewards that ``rollout.environment`` gave."""
+NO_REWARD = "none"
+"""As a reward function: 0 for every answer, for a policy that learns from a teacher alone."""
 SHIPPED_FUNCTIONS = ("gsm8k", "exact_match", *WORLD_FUNCTIONS)
 """Reward functions that this project brings."""
 COMPARED: Mapping[str, Compared] = {"gsm8k": "number", "exact_match": "text", "world.arithmetic": "text"}
@@ -155,7 +157,7 @@ class RewardSourceConfig(Section):
     form: Form | None = None
     scored_token: ScoredToken | None = None
     function: str | None = None
-    """``package.module:name``, ``path.py:name``, one of :data:`SHIPPED_FUNCTIONS`, or :data:`FROM_ENVIRONMENT`."""
+    """``package.module:name``, ``path.py:name``, one of :data:`SHIPPED_FUNCTIONS`, or one of the two words above."""
     url: str | None = None
     """``http://host:port`` of a scoring backend (``rlhf-ray serve``)."""
     source: str | None = None
@@ -227,7 +229,11 @@ class RewardSourceConfig(Section):
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         function, url = self.function, self.url
-        problem = spelling_problem(function, (*SHIPPED_FUNCTIONS, FROM_ENVIRONMENT)) if function is not None else None
+        problem = (
+            spelling_problem(function, (*SHIPPED_FUNCTIONS, FROM_ENVIRONMENT, NO_REWARD))
+            if function is not None
+            else None
+        )
         if problem is not None:
             yield "function", problem
         yield from self._own_source_conflicts()
@@ -374,7 +380,8 @@ class RewardConfig(RewardSourceConfig):
                 f"source (Python), judge (a language model) and mixture{suffix}",
             )
         if self.steps is not None and (
-            (self.source is None and self.function is None) or self.function in (*SHIPPED_FUNCTIONS, FROM_ENVIRONMENT)
+            (self.source is None and self.function is None)
+            or self.function in (*SHIPPED_FUNCTIONS, FROM_ENVIRONMENT, NO_REWARD)
         ):
             yield (
                 "steps",

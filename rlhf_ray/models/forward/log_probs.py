@@ -72,13 +72,17 @@ class LogProbHead(nn.Linear):
         with_entropy: bool = False,
         kept: KeptSets | None = None,
         entropy_in_loss: bool = False,
+        read: Callable[[LogProbHead, Tensor], Any] | None = None,
     ) -> Any:
         """Return the logits; or with ``targets`` a pair: their log-probabilities (tokens,) and the entropies (tokens,) in nats.
 
         Logits are divided by ``temperature`` first. With ``kept`` both are of the distribution over the set of each token,
         which must hold the target. Without ``with_entropy`` the second of the pair is None. ``entropy_in_loss`` says that the
-        entropies will be differentiated; gradients are right without it too, but cost more memory.
+        entropies will be differentiated; gradients are right without it too, but cost more memory. With ``read`` return what
+        that makes of this layer and ``hidden``: inside of the call, where ZeRO-3 has gathered the weight.
         """
+        if read is not None:
+            return read(self, hidden)
         if targets is None:
             return functional.linear(hidden, self.weight, self.bias)
         if blocks_suit(hidden, self.bias, self.softcap, kept):

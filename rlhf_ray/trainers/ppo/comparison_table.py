@@ -55,8 +55,10 @@ def _start_and_trained(
         value = comparison.figures.get(f"evaluation/{name}{suffix}")
         return "-" if value is None else f"{value:.3f}"
 
-    # Against itself the start wins half the time, at no KL.
+    # Against itself the start wins half the time, at no KL; from another reference it has the one that was measured.
     start_win_rate, start_kl = ("0.500" if cell("gold") != "-" else "-"), ("0.000" if cell("kl") != "-" else "-")
+    if cell("kl_start") != "-":
+        start_kl = cell("kl_start")
     return [
         (
             f"{START} (SFT){label}",

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -76,6 +77,8 @@ class PpoEvaluation:
         self.directory = directory
         self.start: list[HeldOutAnswer] = []
         self.best: list[BestOf] = []
+        self.start_kl: float | None = None
+        """KL of the start from a reference that is another model, such as a teacher."""
 
     @property
     def possible(self) -> bool:
@@ -88,12 +91,20 @@ class PpoEvaluation:
             return
         path = self.directory / "start.json"
         if resumed:
-            self.start, self.best = _read_start(path)
+            self.start, self.best, self.start_kl = _read_start(path)
             return
-        self.start, _ = self.answer_prompts()
+        self.start, figures = self.answer_prompts()
+        reference, policy = self.config.reference, self.config.policy.model
+        if reference is not None and (reference.model.path, reference.model.make) != (policy.path, policy.make):
+            self.start_kl = figures.get("evaluation/kl")
         self.best = self.measure_best_of()
         self.directory.mkdir(parents=True, exist_ok=True)
-        content = {"answers": [asdict(row) for row in self.start], "best_of": [asdict(row) for row in self.best]}
+        content: dict[str, Any] = {
+            "answers": [asdict(row) for row in self.start],
+            "best_of": [asdict(row) for row in self.best],
+        }
+        if self.start_kl is not None:
+            content["kl"] = self.start_kl
         path.write_text(json.dumps(content))
 
     def compare(self) -> Comparison:
@@ -109,6 +120,8 @@ class PpoEvaluation:
         if self.config.reward.drops:
             left_out = len(self.prompts) - len({answer.prompt_id for answer in now})
             figures["evaluation/prompts_dropped"] = float(left_out)
+        if self.start_kl is not None:
+            figures["evaluation/kl_start"] = self.start_kl
         return Comparison(figures, start, now, self.best, tuple(self.measures))
 
     def answer_prompts(self) -> tuple[list[HeldOutAnswer], dict[str, float]]:
@@ -203,13 +216,13 @@ def in_both(
     return kept_now, kept_start
 
 
-def _read_start(path: Path) -> tuple[list[HeldOutAnswer], list[BestOf]]:
-    """The answers of the starting policy that a run kept, and best-of-n of them."""
+def _read_start(path: Path) -> tuple[list[HeldOutAnswer], list[BestOf], float | None]:
+    """The answers of the starting policy that a run kept, best-of-n of them, and its KL where that was kept."""
     columns = {field.name for field in fields(HeldOutAnswer)}  # version 0.1 kept a count of habits beside them
     try:
         stored = json.loads(read_text(path))
         answers = [HeldOutAnswer(**{key: row[key] for key in row if key in columns}) for row in stored["answers"]]
-        return answers, [BestOf(**row) for row in stored["best_of"]]
+        return answers, [BestOf(**row) for row in stored["best_of"]], stored.get("kl")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise IntegrityError(
             f"{path} is damaged ({type(error).__name__}): restore it from a backup; the evaluation compares with it"

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from rlhf_ray.actors.cluster import group_of
 from rlhf_ray.config.files.tokens import read_tokens
-from rlhf_ray.config.sections.rewards import FROM_ENVIRONMENT, RewardConfig, RewardSourceConfig
+from rlhf_ray.config.sections.rewards import FROM_ENVIRONMENT, NO_REWARD, RewardConfig, RewardSourceConfig
 from rlhf_ray.config.sections.roles import Form
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.chat import ChatFormat
@@ -41,6 +41,7 @@ from rlhf_ray.world.gold import world_arithmetic, world_gold
 SHIPPED: Mapping[str, RewardFunction] = {
     "gsm8k": verifiers.gsm8k,
     "exact_match": verifiers.exact_match,
+    NO_REWARD: verifiers.none,
     "world.gold": world_gold,
     "world.arithmetic": world_arithmetic,
 }

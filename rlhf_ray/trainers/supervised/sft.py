@@ -1,4 +1,4 @@
-"""Supervised fine-tuning (SFT): train a policy to give the answers of demonstrations.
+"""Supervised fine-tuning: train a policy to give the answers of demonstrations, or to find in them what a teacher does.
 
 Invariants: the loss is over the tokens of answers alone. ``final/`` holds the weights of the last update.
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from rlhf_ray.actors.groups import PolicyGroup
 from rlhf_ray.actors.place import Place
-from rlhf_ray.algorithms.losses import NegativeLogLikelihood
+from rlhf_ray.algorithms.losses import Distillation, Divergence, NegativeLogLikelihood
+from rlhf_ray.config.jobs.distill import DistillConfig
 from rlhf_ray.config.jobs.sft import SftConfig
+from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.data.batches import DemonstrationExample, make_demonstration_batch
 from rlhf_ray.data.load import load_demonstrations
 from rlhf_ray.models import load_tokenizer
@@ -28,10 +30,30 @@ def train_sft(
     config: SftConfig, run: RunDirectory, checkpoint: Checkpoint | None, *, place: Place | None = None
 ) -> None:
     """Train, evaluate, write ``final/`` and the report; ``place`` is where the ranks live, by default a cluster."""
+    _train(config, run, checkpoint, place, NegativeLogLikelihood())
+
+
+def train_distill(
+    config: DistillConfig, run: RunDirectory, checkpoint: Checkpoint | None, *, place: Place | None = None
+) -> None:
+    """The same with a teacher, to whose distribution of each token of the answers the policy is drawn."""
+    loss = config.loss
+    divergence = Divergence(loss.name, loss.beta, loss.temperature)
+    _train(config, run, checkpoint, place, Distillation(divergence, loss.likelihood), config.teacher)
+
+
+def _train(
+    config: SftConfig,
+    run: RunDirectory,
+    checkpoint: Checkpoint | None,
+    place: Place | None,
+    loss: NegativeLogLikelihood | Distillation,
+    teacher: ModelConfig | None = None,
+) -> None:
     tokenizer = load_tokenizer(config.policy.model)
     examples = load_demonstrations(config.data, tokenizer, config.run.seed)
     size = config.batch.sequences_per_update
-    task = Task(examples.train, make_demonstration_batch, NegativeLogLikelihood(), size, examples.parts, config.epochs)
+    task = Task(examples.train, make_demonstration_batch, loss, size, examples.parts, config.epochs)
     updates = task.total_updates(checkpoint)
     with (
         Session(config, run, place=place) as session,
@@ -40,7 +62,7 @@ def train_sft(
     ):
         starting = Starting(run, config, checkpoint)
         with journal.clock.part(START):
-            policy = starting.group(session.policy(config.policy, total_updates=updates))
+            policy = starting.group(session.policy(config.policy, total_updates=updates, teacher=teacher))
         checkpoints = Checkpointer(run, config.checkpoint, {"policy": policy}, checkpoint, updates)
         session.cleanup.callback(checkpoints.close)
         trainer = SupervisedTrainer(
@@ -49,7 +71,7 @@ def train_sft(
             policy,
             checkpoints=checkpoints,
             journal=journal,
-            evaluate=lambda: evaluate(policy, examples.held_out, config.policy.forward_tokens(config.batch)),
+            evaluate=lambda: evaluate(policy, examples.held_out, config.policy.forward_tokens(config.batch), loss),
             write_final=lambda: checkpoints.save_final(updates, {"": (policy, {})}),
             max_tokens=config.policy.training_tokens(config.batch),
             losses=starting.losses,
@@ -61,12 +83,23 @@ def train_sft(
             journal.finish()
 
 
-def evaluate(policy: PolicyGroup, held_out: list[DemonstrationExample], max_tokens: int) -> dict[str, float]:
-    """The mean negative log-likelihood of the tokens of held-out answers, in nats; empty where none are held out."""
+def evaluate(
+    policy: PolicyGroup,
+    held_out: list[DemonstrationExample],
+    max_tokens: int,
+    loss: NegativeLogLikelihood | Distillation,
+) -> dict[str, float]:
+    """Means over the tokens of held-out answers, in nats: their negative log-likelihood, and the divergence from a teacher.
+
+    Empty where no answers are held out.
+    """
     if not held_out:
         return {}
     batch = make_demonstration_batch(held_out)
     schedule = schedule_update(batch, ranks=policy.size, max_tokens=max_tokens)
-    log_probs = policy.log_probs(policy.share(batch), schedule).result()
-    answer = log_probs[batch["action_mask"]].double()
-    return {"evaluation/loss": -float(answer.mean())}
+    shared, answer = policy.share(batch), batch["action_mask"]
+    figures = {"evaluation/loss": -float(policy.log_probs(shared, schedule).result()[answer].double().mean())}
+    if isinstance(loss, Distillation):
+        divergences = policy.divergences(shared, schedule, loss.divergence).result()
+        figures["evaluation/divergence"] = float(divergences[answer].double().mean())
+    return figures
