@@ -36,7 +36,9 @@ def figures(root: Path, seeds: Sequence[int]) -> Figures:
     """Gold and the KL from the teacher, before and after, and the teacher's own gold."""
     students = [evaluations(root / f"seed-{seed}" / STUDENT)[-1] for seed in seeds]
     teachers = [evaluations(root / f"seed-{seed}" / TEACHER)[-1] for seed in seeds]
-    label = "on-policy distillation of world-ppo into SFT, 60 steps of 128 answers, transformers as sampler, 300 held-out prompts"
+    label = (
+        "on-policy distillation of world-ppo into SFT, 60 steps of 128 answers, by transformers, 300 held-out prompts"
+    )
     rows = {
         "gold_start": ("score", "mean gold of SFT", True, students),
         "gold": ("score", "mean gold of the student", True, students),

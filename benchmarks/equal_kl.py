@@ -15,8 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from rlhf_ray.world.gold import gold_score
 
 CUT_OFF = -1.0
 """The reward of an answer that was cut off: ``algorithm.shaping.missing_eos`` in the recipes of ``learning_runs``."""
-NEW_TOKENS, ROWS = 32, 1024
+NEW_TOKENS, ROWS, BLOCK = 32, 1024, 256
 OPPONENTS, ANSWERS = 16, 8
 """Answers of the start and of the policy to each prompt; an answer's win rate is against all of these opponents."""
 Array = NDArray[np.float64]
@@ -119,24 +120,27 @@ class Sampled:
 def sample(model: Any, prompts: Sequence[Sequence[int]], end: int, generator: torch.Generator) -> Sampled:
     """One answer to each prompt, at temperature 1, of at most :data:`NEW_TOKENS` tokens; prompts are padded on the left."""
     ids, mask = left_padded(prompts)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    at = (mask.cumsum(1) - 1).clamp(min=0)
     answers: list[list[int]] = [[] for _ in prompts]
-    total, open_ = torch.zeros(len(prompts), dtype=torch.float64), torch.ones(len(prompts), dtype=torch.bool)
-    cache, fed, at = None, ids, positions
+    total, rows = torch.zeros(len(prompts), dtype=torch.float64), torch.arange(len(prompts))
+    cache, fed = None, ids
     for _ in range(NEW_TOKENS):
         out = model(
             input_ids=fed, attention_mask=mask, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1
         )
         cache, log_probs = out.past_key_values, out.logits[:, -1].float().log_softmax(-1)
         token = torch.multinomial(log_probs.exp(), 1, generator=generator)
-        total += torch.where(open_, log_probs.gather(1, token)[:, 0], 0.0)
-        for row in open_.nonzero()[:, 0].tolist():
-            answers[row].append(int(token[row]))
-        open_ &= token[:, 0] != end
-        if not open_.any():
-            break
-        mask = torch.cat([mask, torch.ones(len(prompts), 1, dtype=mask.dtype)], 1)
+        total[rows] += log_probs.gather(1, token)[:, 0]
+        for row, chosen in zip(rows.tolist(), token[:, 0].tolist(), strict=True):
+            answers[row].append(chosen)
+        mask = torch.cat([mask, torch.ones(len(rows), 1, dtype=mask.dtype)], 1)
         fed, at = token, at[:, -1:] + 1
+        left = (token[:, 0] != end).nonzero()[:, 0]  # answers that have ended are computed no further
+        if len(left) == 0:
+            break
+        if len(left) < len(rows):
+            rows, mask, fed, at = rows[left], mask[left], fed[left], at[left]
+            cache.batch_select_indices(left)
     return Sampled(answers, total.numpy())
 
 
@@ -223,6 +227,18 @@ class World:
         parts = [sample(model, self.prompts[part], self.end, generator) for part in self.parts]
         return Sampled([ids for part in parts for ids in part.ids], np.concatenate([part.log_probs for part in parts]))
 
+    def by_length(
+        self,
+        work: Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], Array],
+        answers: Sequence[Sequence[int]],
+    ) -> Array:
+        """A number for the answer to each prompt; those of similar length are computed together, with little padding."""
+        order = np.argsort([len(prompt) + len(ids) for prompt, ids in zip(self.prompts, answers, strict=True)])
+        found = np.empty(len(order))
+        for block in np.array_split(order, -(-len(order) // BLOCK)):
+            found[block] = work([self.prompts[row] for row in block], [answers[row] for row in block])
+        return found
+
     def gold(self, answers: Sequence[Sequence[int]]) -> Array:
         """The gold score of an answer to each prompt."""
         return np.array(
@@ -238,7 +254,7 @@ class World:
 
     def rewards(self, answers: Sequence[Sequence[int]]) -> Array:
         """The reward that training gives to an answer to each prompt."""
-        scores = np.concatenate([score(self.reward, self.prompts[part], answers[part]) for part in self.parts])
+        scores = self.by_length(partial(score, self.reward), answers)
         ended = np.array([ids[-1] == self.end for ids in answers])
         return np.where(ended, (scores - self.mean) / self.std, CUT_OFF)
 
@@ -251,9 +267,7 @@ class World:
         wins, kl = [], []
         for _ in range(ANSWERS):
             answered = self.answer(model, generator)
-            reference = np.concatenate(
-                [log_prob(self.start, self.prompts[part], answered.ids[part]) for part in self.parts]
-            )
+            reference = self.by_length(partial(log_prob, self.start), answered.ids)
             wins.append(self.wins(self.gold(answered.ids)))
             kl.append(answered.log_probs - reference)
         return at_equal_kl(np.mean(wins, axis=0), np.mean(kl, axis=0), self.pool_rewards, self.pool_wins)

@@ -17,6 +17,7 @@ from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.data.load import load_prompts
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models import load_policy, load_tokenizer
+from rlhf_ray.planning.job_memory import job_memory
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.ppo.algorithm import make_policy_loss, make_preparation
 from rlhf_ray.trainers.ppo.build import train_ppo
@@ -148,9 +149,7 @@ def test_from_a_teacher_that_it_equals_a_policy_learns_nothing() -> None:
     directory = offline(MADE % (1, ""), MADE % (1, ""))
     steps = [line for line in directory.metrics.read() if "divergence/teacher" in line]
     assert steps[0]["divergence/teacher"] < 1e-6
-    assert steps[0]["grad_norm/policy"] < 1e-4, (
-        "later ones are not nothing: AdamW makes steps of any gradient, rounding too"
-    )
+    assert steps[0]["grad_norm"] < 1e-4, "later ones are not nothing: AdamW makes steps of any gradient, rounding too"
 
 
 @pytest.mark.usefixtures("rows")
@@ -182,3 +181,17 @@ def test_what_makes_no_distillation_is_refused(
     with pytest.raises(ConfigError) as raised:
         load_config(TINY_PPO, [*SMALL, *TEACHER, *changes], kind="ppo", files=True)
     assert problem in str(raised.value)
+
+
+def test_the_plan_counts_the_teacher_whole_whatever_the_policy_shards() -> None:
+    parts = {}
+    for zero in (0, 3):
+        config = load_config(
+            "demo-distill",
+            [f"policy.model={MADE % (1, '')}", f"teacher={MADE % (2, '')}", f"policy.engine.zero={zero}"],
+            kind="distill",
+        )
+        (policy,) = job_memory(config)
+        parts[zero] = {part.what: part.bytes for part in policy.parts}
+        assert parts[zero]["teacher's weights"] == parts[0]["weights"]
+    assert parts[3]["weights"] < parts[0]["weights"]
