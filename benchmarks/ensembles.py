@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.learning_figures import gold_peak, over_optimised
-from benchmarks.learning_runs import JUDGES, SHARED, WITHOUT_KL, evaluations, finished
+from benchmarks.learning_runs import JUDGES, SHARED, WITHOUT_KL, begin, evaluations, finished
 from rlhf_ray import environment
 
 MEMBERS = 4
@@ -48,13 +48,12 @@ def run_job(home: Path, seed: int, name: str, recipe: str, overrides: Sequence[s
     from rlhf_ray.actors.this_process import ThisProcess
     from rlhf_ray.config.loading import dump_config, load_config
     from rlhf_ray.launch.driver import run_trainer
-    from rlhf_ray.runs.directory import RunDirectory
 
     if finished(home / name):
         return
     place = [f"run.root={home}", f"run.name={name}", f"run.seed={seed}", f"data.world.seed={seed}"]
     config = load_config(recipe, [*place, *SHARED, *overrides], files=True).to_train()
-    run = RunDirectory.create(home / name, dump_config(config))
+    run = begin(home / name, dump_config(config))
     run_trainer(config, run, None, place=ThisProcess(config.cluster))
     run.release()
 

@@ -6,9 +6,14 @@ Invariant: all algorithms of a seed start from the same policy and learn from th
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rlhf_ray.runs.directory import RunDirectory
 
 SEEDS = (0, 1, 2)
 
@@ -85,16 +90,24 @@ def run_piece(root: Path, piece: Piece, *, quick: bool = False) -> None:
     from rlhf_ray.actors.this_process import ThisProcess
     from rlhf_ray.config.loading import dump_config, load_config
     from rlhf_ray.launch.driver import run_trainer
-    from rlhf_ray.runs.directory import RunDirectory
 
     directory = piece_directory(root, piece)
     if finished(directory):
         return
     recipe, overrides = _job(directory.parent, piece, quick)
     config = load_config(recipe, overrides, files=True).to_train()
-    run = RunDirectory.create(directory, dump_config(config))
+    run = begin(directory, dump_config(config))
     run_trainer(config, run, None, place=ThisProcess(config.cluster))
     run.release()
+
+
+def begin(directory: Path, config: str) -> RunDirectory:
+    """Begin a job in its directory, from the start: what an attempt has left there that did not finish is removed."""
+    from rlhf_ray.runs.directory import RunDirectory
+
+    if (directory / "config.yaml").is_file() and not finished(directory):
+        shutil.rmtree(directory)
+    return RunDirectory.create(directory, config)
 
 
 def piece_directory(root: Path, piece: Piece) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.learning_figures import over_optimised
-from benchmarks.learning_runs import JUDGE, JUDGES, MOST_KL, samples_at
+from benchmarks.learning_runs import JUDGE, JUDGES, MOST_KL, begin, samples_at
 from rlhf_ray.config.loading import load_config, parse_config
+from rlhf_ray.errors import RequestError
 from rlhf_ray.evaluation import best_of_n_kl
 
 
@@ -47,3 +49,20 @@ def test_the_judges_differ_in_nothing_but_their_raters() -> None:
     raters = {name: config.data.world.raters for name, config in configs.items()}
     assert raters == {"rm": "careless", "flattered_rm": "flattered"}
     assert [part for part in JUDGES["flattered_rm"] if part not in JUDGES["rm"]] == ["data.world.raters=flattered"]
+
+
+def test_a_job_that_was_stopped_begins_again_and_one_that_has_finished_or_is_no_job_stays(tmp_path: Path) -> None:
+    config = "{kind: rm, run: {name: bare}, reward: {model: {}}, data: {world: {}}}"
+    job = tmp_path / "job"
+    begin(job, config).release()
+    (job / "metrics.jsonl").write_text('{"step": 1}\n')
+    begin(job, config).release()
+    assert not (job / "metrics.jsonl").exists()
+    (job / "summary.json").write_text("{}")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    for directory in (job, other):
+        with pytest.raises(RequestError):
+            begin(directory, config)
+    assert (job / "summary.json").is_file() and (other / "thesis.txt").is_file()

@@ -210,8 +210,8 @@ def test_missing_keys_say_what_they_must_be(problems):
 @pytest.mark.parametrize(
     ("text", "wanted", "message"),
     [
-        ("rollout: {}\nsteps: 1", None, "kind: missing: it must be one of sft, rm, distill, dpo, ppo, generate, serve; this looks "
-         "like ppo"),
+        ("rollout: {}\nsteps: 1", None, "kind: missing: it must be one of sft, rm, distill, dpo, ppo, generate, serve; this "
+         "looks like ppo"),
         ("kind: pp0", None, "kind: 'pp0' is not one of sft, rm, distill, dpo, ppo, generate, serve; did you mean ppo?"),
         ("kind: [ppo]", None, "kind: [ppo] is not one of sft, rm, distill, dpo, ppo, generate, serve"),
         ("kind: orpo", None, "kind: 'orpo' is not one of"),
