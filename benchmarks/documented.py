@@ -6,7 +6,8 @@ A comment in the Markdown source, which no reader sees, says which figure a numb
 
 - In a table, the first cell of a row names the figures that its other cells show, in their order:
   ``| PPO, win rate (KL) <!-- figures: demo.gold_win_rate, demo.kl --> | 0.902 (2.58) | 0.893 (3.18) |``.
-  A column with the heading ``seed 1`` shows the numbers of seed 1.
+  A column with the heading ``seed 1`` shows the numbers of seed 1; of columns ``seed 4``, ``seed 5`` the first shows those of
+  the first seed that was run.
 - In a sentence, the comment follows its number: ``about 4<!-- figure: demo.minutes --> minutes``. ``NAME@1`` is the number
   of seed 1; ``NAME@min`` and ``NAME@max`` are the least and the largest of all seeds.
 - ``<!-- not measured -->`` in a table or paragraph, or right above it, says that its numbers are settings or bounds; as the
@@ -162,7 +163,15 @@ def _in_table(block: Block) -> Iterator[Claim]:
         if not numbers or len(numbers) % len(names):
             raise ValueError(f"the row of {mark[0]} shows {len(numbers)} numbers of {len(names)} figures")
         for place, (span, seed) in enumerate(numbers):
-            yield _claim(block, span, names[place % len(names)], seed[1] if seed else "")
+            yield _claim(
+                block, span, names[place % len(names)], str(int(seed[1]) - _first_seed(headings)) if seed else ""
+            )
+
+
+def _first_seed(headings: Sequence[str]) -> int:
+    """The seed that stands first in the figures of a table: where several columns are of seeds, that of the first column."""
+    seeds = [int(match[1]) for heading in headings if (match := re.fullmatch(r"seed (\d+)", heading))]
+    return seeds[0] if len(seeds) > 1 else 0
 
 
 def _claim(block: Block, span: tuple[int, int], name: str, selector: str) -> Claim:

@@ -72,6 +72,11 @@ def test_a_row_states_its_figures_in_order_and_by_seed() -> None:
     assert unmarked(TABLE) == []
 
 
+def test_seeds_that_do_not_begin_with_0_are_those_of_the_figure_in_order() -> None:
+    text = TABLE.replace("seed 0", "seed 4").replace("seed 1", "seed 5").replace("seed 2", "seed 6")
+    assert [one.selector for one in claims(text)] == [one.selector for one in claims(TABLE)]
+
+
 def test_a_table_without_seeds_states_the_values() -> None:
     table = "| what | rate | KL |\n|---|---|---|\n| ours <!-- figures: a.rate, a.kl --> | 0.86 | 3.65 |\n"
     assert all(claim.stated == claim.expected(KNOWN) for claim in claims(table)) and len(claims(table)) == 2

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.equal_kl import OPPONENTS, World
 from benchmarks.equal_kl_seeds import POLICIES, figures, main, overrides, verdict
+from benchmarks.figures import REFERENCE, read
 from rlhf_ray.config.loading import load_config
 
 
@@ -67,3 +68,11 @@ def test_the_whole_runs_and_does_nothing_twice(tmp_path: Path) -> None:
     assert world.pool_wins.mean() == pytest.approx(0.5, abs=0.1), "the pool and the opponents are answers of one model"
     with pytest.raises(SystemExit, match="holds 40 prompts and a pool of 24, not 40 and 32"):
         World(home / "sft" / "final", home / "rm" / "final", 7, 40, 32, home / "start-24.npz")
+
+
+def test_the_committed_figures_say_that_policies_win_as_often_as_best_of_n() -> None:
+    kept = read(REFERENCE)
+    for policy, mean, each in (("world-ppo", 1.0, 0.97), ("world-grpo", 0.98, 0.95)):
+        assert kept[f"equal_kl.{policy}.mean_ratio"].value >= mean
+        assert len(kept[f"equal_kl.{policy}.ratio"].seeds) == 3 and kept[f"equal_kl.{policy}.ratio"].value >= each
+        assert kept[f"equal_kl.{policy}.ratio"].value > kept["equal_kl.demo-ppo.ratio"].value
