@@ -228,8 +228,7 @@ def _output(options: argparse.Namespace) -> OutputFile | None:
     from rlhf_ray.storage.output import OutputFile
 
     reads = [file for file in (options.data, options.held_out, options.prompts) if file is not None]
-    return (
-        None
-        if options.output is None
-        else OutputFile(options.output, overwrite=options.overwrite, reads=reads, ending=".json")
-    )
+    if options.output is None:
+        return None
+    ending = None if options.prompts is None else ".json"  # a page and answers lie beside the figures of policies
+    return OutputFile(options.output, overwrite=options.overwrite, reads=reads, ending=ending)
