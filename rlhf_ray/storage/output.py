@@ -88,7 +88,7 @@ class OutputFile:
         except (FileNotFoundError, NotADirectoryError):
             return self._ending_problem() or self._folder_problem()
         if stat.S_ISREG(status.st_mode):
-            return self._ending_problem() or self._file_problem(status)
+            return self._file_problem(status) or self._ending_problem()
         if stat.S_ISLNK(status.st_mode):
             return f"is a link to {os.readlink(self.path)}, which is not followed: name that file itself, or another"
         if stat.S_ISDIR(status.st_mode):
